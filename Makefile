@@ -1,0 +1,45 @@
+# Boreal's entry points. Each does the set-up it needs: a fresh machine wants only Python 3.11, its
+# venv module and make.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: setup up down test check format bench proto clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) ..."
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+up: setup          ## start a cluster (ARGS="--port N --data-dir DIR")
+	@$(BIN)/boreal up $(ARGS)
+
+down: setup        ## stop it
+	@$(BIN)/boreal down $(ARGS)
+
+test: setup        ## every test (ARGS="tests/quorum -k name")
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup       ## format, lint, types, imports, stubs
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo 2>&1 | tail -n 8
+	@$(BIN)/python proto/generate.py --check
+
+format: setup      ## let ruff put the code into shape
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/ruff check --quiet --fix .
+
+bench: setup       ## side by side with stock PostgreSQL (ARGS="--seconds 10")
+	@$(BIN)/python -m bench $(ARGS)
+
+proto: setup       ## regenerate boreal/rpc from proto/
+	@$(BIN)/python proto/generate.py
+
+clean: down
+	rm -rf $(VENV)

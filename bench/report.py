@@ -1,0 +1,186 @@
+"""The tables for people and the JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.table import Table
+
+from bench.accounting import Kind
+from bench.plan import BASELINE, Cell, SystemName
+from bench.runner import Failure, Measurement, Outcome
+
+_Outcome = TypeVar("_Outcome", Measurement, Outcome)
+
+_NOISE_SHARE = 0.10
+"""Where other work took more than this part of the machine, the table says so."""
+
+
+def ratio(outcomes: Sequence[Outcome], measurement: Measurement) -> float | None:
+    """Its tps over the baseline's in the same cell; None where the baseline has none."""
+    for other in outcomes:
+        if (
+            isinstance(other, Measurement)
+            and (other.cell, other.system) == (measurement.cell, BASELINE)
+            and other.load.summary.tps
+        ):
+            return measurement.load.summary.tps / other.load.summary.tps
+    return None
+
+
+def load_table(outcomes: Sequence[Outcome], titles: Mapping[SystemName, str]) -> Table:
+    """Throughput, latency and log volume."""
+    table = Table(title="pgbench, side by side", title_justify="left", expand=False)
+    table.add_column("load", no_wrap=True)
+    table.add_column("system", no_wrap=True)
+    for heading in ("tps", f"× {BASELINE}", "mean ms", "p50", "p95", "p99",
+                    "WAL B/tx", "shipped B/tx", "CPU ms/tx", "other load"):  # fmt: skip
+        table.add_column(heading, justify="right")
+    for cell, group in _by_cell(outcomes, titles):
+        for outcome in group:
+            label = str(cell) if outcome is group[0] else ""
+            table.add_row(label, str(outcome.system), *_load_cells(outcomes, outcome))
+        table.add_section()
+    return table
+
+
+def cpu_table(outcomes: Sequence[Outcome], titles: Mapping[SystemName, str]) -> Table:
+    """CPU by kind of process."""
+    measured = [outcome for outcome in outcomes if isinstance(outcome, Measurement)]
+    kinds = [kind for kind in Kind if any(kind in one.cpu_s for one in measured)]
+    table = Table(
+        title="CPU milliseconds per transaction, by kind of process", title_justify="left"
+    )
+    table.add_column("load", no_wrap=True)
+    table.add_column("system", no_wrap=True)
+    for heading in (*kinds, "in all", "(pgbench)"):
+        table.add_column(heading, justify="right")
+    for cell, group in _by_cell(measured, titles):
+        for one in group:
+            figures = [one.cpu_s.get(kind) for kind in kinds]
+            figures += [sum(one.cpu_s.values()), one.load.pgbench_cpu_s]
+            table.add_row(
+                str(cell) if one is group[0] else "",
+                str(one.system),
+                *("" if s is None else f"{one.per_transaction(1000 * s):.3f}" for s in figures),
+            )
+        table.add_section()
+    return table
+
+
+def line(outcome: Outcome) -> str:
+    """One outcome as it comes."""
+    where = f"{outcome.cell!s:<26} {outcome.system:<17}"
+    if isinstance(outcome, Failure):
+        return f"{where} failed: {outcome.reason}"
+    return f"{where} {outcome.load.summary.tps:9,.0f} tps   p95 {outcome.load.p95_ms:.2f} ms"
+
+
+def notes(outcomes: Sequence[Outcome], titles: Mapping[SystemName, str]) -> list[str]:
+    """What a reader must know to read the tables right."""
+    lines = [f"{name}: {title}." for name, title in titles.items()]
+    lines.append(
+        "shipped: log bytes sent to all copies together. CPU and log are counted until the system "
+        "was idle again. other load: share of the machine's CPU used by anything else meanwhile."
+    )
+    shares = [one.elsewhere_share for one in outcomes if isinstance(one, Measurement)]
+    noisy = [share for share in shares if share > _NOISE_SHARE]
+    if noisy:
+        lines.append(
+            f"NOISY: during {len(noisy)} of {len(shares)} loads something else used more than "
+            f"{_NOISE_SHARE:.0%} of the machine, up to {max(noisy):.0%}. Ratios are doubtful."
+        )
+    for outcome in outcomes:
+        where = f"{outcome.system}, {outcome.cell}"
+        if isinstance(outcome, Failure):
+            lines.append(f"FAILED {where}: {outcome.reason}")
+            continue
+        if not outcome.settled:
+            lines.append(f"unsettled {where}: work put off was still going on, and is not counted")
+        if outcome.load.summary.failed:
+            lines.append(f"{where}: {outcome.load.summary.failed} transactions failed")
+    return lines
+
+
+def as_json(outcomes: Sequence[Outcome], facts: Mapping[str, object]) -> str:
+    """Everything, for programs: `facts` about the run, and its `outcomes`."""
+    records = [_record(outcomes, outcome) for outcome in outcomes]
+    return json.dumps({**facts, "outcomes": records}, indent=2, allow_nan=False) + "\n"
+
+
+def write_json(text: str, path: Path) -> None:
+    """Write the file in one piece, its directory too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".part")
+    scratch.write_text(text)
+    scratch.rename(path)
+
+
+def _by_cell(
+    outcomes: Iterable[_Outcome], titles: Mapping[SystemName, str]
+) -> list[tuple[Cell, list[_Outcome]]]:
+    cells: dict[Cell, list[_Outcome]] = {}
+    for outcome in outcomes:
+        cells.setdefault(outcome.cell, []).append(outcome)
+    order = list(titles)
+    for group in cells.values():
+        group.sort(key=lambda outcome: order.index(outcome.system))
+    return list(cells.items())
+
+
+def _load_cells(outcomes: Sequence[Outcome], outcome: Outcome) -> list[str]:
+    if isinstance(outcome, Failure):
+        return ["failed"]
+    summary, done = outcome.load.summary, outcome.load
+    times = ratio(outcomes, outcome)
+    shipped = outcome.shipped_bytes
+    return [
+        f"{summary.tps:,.0f}",
+        "" if times is None else f"{times:.2f}",
+        f"{summary.latency_mean_ms:.2f}",
+        f"{done.p50_ms:.2f}",
+        f"{done.p95_ms:.2f}",
+        f"{done.p99_ms:.2f}",
+        f"{outcome.per_transaction(outcome.wal_bytes):,.0f}",
+        "" if shipped is None else f"{outcome.per_transaction(shipped):,.0f}",
+        f"{outcome.per_transaction(1000 * sum(outcome.cpu_s.values())):.2f}",
+        f"{outcome.elsewhere_share:.0%}",
+    ]
+
+
+def _record(outcomes: Sequence[Outcome], outcome: Outcome) -> dict[str, object]:
+    base: dict[str, object] = {**asdict(outcome.cell), "system": outcome.system}
+    if isinstance(outcome, Failure):
+        return {**base, "failed": outcome.reason}
+    done, shipped = outcome.load, outcome.shipped_bytes
+    figures = {
+        **asdict(done.summary),
+        "ratio_to_baseline": ratio(outcomes, outcome),
+        "p50_ms": done.p50_ms,
+        "p95_ms": done.p95_ms,
+        "p99_ms": done.p99_ms,
+        "sampled_transactions": done.sampled,
+        "wal_bytes_per_transaction": outcome.per_transaction(outcome.wal_bytes),
+        "shipped_bytes_per_transaction": (
+            None if shipped is None else outcome.per_transaction(shipped)
+        ),
+        "pgbench_cpu_ms_per_transaction": outcome.per_transaction(1000 * done.pgbench_cpu_s),
+        "elsewhere_share": outcome.elsewhere_share,
+        "settle_s": outcome.settle_s,
+        "settled": outcome.settled,
+    }
+    cpu = {kind: outcome.per_transaction(1000 * s) for kind, s in outcome.cpu_s.items()}
+    return {**base, **_finite(figures), "cpu_ms_per_transaction": _finite(cpu)}
+
+
+def _finite(figures: Mapping[Any, object]) -> dict[str, object]:
+    # JSON has no NaN; a figure that does not exist is null.
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in figures.items()
+    }

@@ -1,0 +1,297 @@
+"""The systems compared. Each is started fresh in a directory of its own and can say where SQL is
+served, which processes it consists of, and how much log it has shipped.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from bench.accounting import Kind, Tree, standby_kind, writer_kind
+from bench.load import Target
+from bench.plan import SystemName
+from bench.postgres import START_S, PostgresServer
+from boreal.cluster import free_ports
+from boreal.engine import Engine
+from boreal.errors import Internal, ProcessFailed
+from boreal.processes import LocalProcesses
+from boreal.quorum import SIX_WAY
+from boreal.waiting import wait_until
+
+_COMMAND_S = 180
+_STANDBYS = ("s1", "s2", "s3", "s4", "s5", "s6")
+
+
+class System(Protocol):
+    """Something that serves SQL. `stop` undoes `start`, also one that failed half-way, and may be
+    called twice.
+    """
+
+    @property
+    def title(self) -> str:
+        """What it is, for the reader of the report."""
+
+    @property
+    def target(self) -> Target:
+        """Where SQL is served."""
+
+    def start(self) -> None:
+        """Start it, empty."""
+
+    def stop(self) -> None:
+        """End its processes."""
+
+    def pause(self) -> None:
+        """Use no CPU until `resume`: it is another system's turn."""
+
+    def resume(self) -> None:
+        """Go on, and return when everything is as it was before the pause."""
+
+    def trees(self) -> Sequence[Tree]:
+        """Its processes."""
+
+    def shipped_bytes(self) -> int | None:
+        """Log bytes sent to all copies together since some fixed moment; None if it ships none."""
+
+
+class _Stock:
+    """What stock PostgreSQL needs not do for the bench: an idle one uses no CPU anyway."""
+
+    def pause(self) -> None:
+        return
+
+    def resume(self) -> None:
+        return
+
+
+class StockAlone(_Stock):
+    """One PostgreSQL that fsyncs its own log: what a commit costs with one copy."""
+
+    title = "stock PostgreSQL alone, fsync"
+
+    def __init__(self, engine: Engine, directory: Path) -> None:
+        directory.mkdir(mode=0o711)
+        (port,) = free_ports(1)
+        self._server = PostgresServer(
+            engine, directory / "primary", port=port, password=_password()
+        )
+
+    @property
+    def target(self) -> Target:
+        return self._server.target
+
+    def start(self) -> None:
+        self._server.create()
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop()
+
+    def trees(self) -> Sequence[Tree]:
+        return _primary_trees(self._server)
+
+    def shipped_bytes(self) -> int | None:
+        return None
+
+
+class StockQuorum(_Stock):
+    """PostgreSQL's own way to Boreal's promise: six fsyncing standbys, any four for a commit."""
+
+    title = "stock PostgreSQL, ANY 4 of 6 fsyncing standbys"
+
+    def __init__(self, engine: Engine, directory: Path) -> None:
+        directory.mkdir(mode=0o711)
+        names = ("primary", *_STANDBYS)
+        password = _password()
+        self._primary, *standbys = (
+            PostgresServer(engine, directory / name, port=port, password=password)
+            for name, port in zip(names, free_ports(len(names)), strict=True)
+        )
+        self._standbys = dict(zip(_STANDBYS, standbys, strict=True))
+
+    @property
+    def target(self) -> Target:
+        return self._primary.target
+
+    def start(self) -> None:
+        """Ends only when all six stream and every commit waits for four of them."""
+        self._primary.create()
+        self._primary.start()
+        with ThreadPoolExecutor(len(_STANDBYS)) as pool:
+            list(pool.map(self._start_standby, self._standbys))
+        self._wait_for_all("streaming")
+        self._primary.query(
+            "ALTER SYSTEM SET synchronous_standby_names = 'ANY 4 (s1, s2, s3, s4, s5, s6)'"
+        )
+        self._primary.query("SELECT pg_reload_conf()")
+        self._wait_for_all("quorum")
+
+    def _start_standby(self, name: str) -> None:
+        self._standbys[name].copy_from(self._primary, name)
+        self._standbys[name].start()
+
+    def _wait_for_all(self, state: str) -> None:
+        wait_until(
+            lambda: self._count(state) == len(_STANDBYS),
+            timeout_s=START_S,
+            otherwise=lambda: ProcessFailed(f"only {self._count(state)} standbys are {state}"),
+        )
+
+    def _count(self, state: str) -> int:
+        rows = self._primary.query("SELECT state, sync_state FROM pg_stat_replication")
+        return sum(state in row for row in rows)
+
+    def stop(self) -> None:
+        for server in (self._primary, *self._standbys.values()):
+            server.stop()
+
+    def trees(self) -> Sequence[Tree]:
+        standbys = [
+            Tree(root_pid=server.pid, root_kind=Kind.STANDBY, child_kind=standby_kind)
+            for server in self._standbys.values()
+            if server.pid is not None
+        ]
+        return [*_primary_trees(self._primary), *standbys]
+
+    def shipped_bytes(self) -> int | None:
+        rows = self._primary.query(
+            "SELECT coalesce(sum(sent_lsn - '0/0'), 0)::bigint FROM pg_stat_replication"
+        )
+        return int(rows[0][0])
+
+
+class Boreal:
+    """A local Boreal cluster, started and asked through the `boreal` command as a user would.
+
+    `ship_only` switches off the after-images in the log and the page ingest on the storage nodes:
+    what is left is the way of a commit.
+    """
+
+    def __init__(self, directory: Path, *, ship_only: bool) -> None:
+        self._directory = directory
+        self._ship_only = ship_only
+        self._target: Target | None = None
+        self._processes = LocalProcesses(directory)
+        directory.mkdir(mode=0o711)
+
+    @property
+    def title(self) -> str:
+        if self._ship_only:
+            return "Boreal, log shipping only: after-images and page ingest SWITCHED OFF"
+        return "Boreal, with after-images and page ingest"
+
+    @property
+    def target(self) -> Target:
+        if self._target is None:
+            raise Internal("asked where Boreal serves SQL before it was started")
+        return self._target
+
+    def start(self) -> None:
+        mode = ["--ship-only"] if self._ship_only else []
+        self._command("up", "--port", str(free_ports(1)[0]), *mode)
+        self._target = Target.parse(self._command("dsn").strip())
+
+    def stop(self) -> None:
+        if self._processes.names():
+            self._unfreeze()  # a compute node that stops wants its storage nodes
+            self._command("down")
+
+    def pause(self) -> None:
+        # Heartbeats are some percent of a core, which the others would have to do without.
+        for name in self._alive():
+            self._processes.pause(name)
+
+    def resume(self) -> None:
+        self._unfreeze()
+        wait_until(
+            self._ships_to_all,
+            timeout_s=START_S,
+            otherwise=lambda: ProcessFailed("Boreal did not find together again after a pause"),
+            poll_s=0.2,
+        )
+
+    def _unfreeze(self) -> None:
+        for name in self._alive():
+            self._processes.resume(name)
+
+    def _alive(self) -> list[str]:
+        names = self._processes.names()
+        return [name for name in names if self._processes.status(name).alive]
+
+    def _ships_to_all(self) -> bool:
+        (compute,) = self._status()["compute"]
+        links = [link["state"] for link in compute["links"]]
+        return len(links) == SIX_WAY.copies and set(links) == {"streaming"}
+
+    def trees(self) -> Sequence[Tree]:
+        trees = []
+        for name in self._processes.names():
+            pid = self._processes.status(name).pid
+            if pid is not None:
+                root_kind, child_kind = _boreal_kinds(name)
+                trees.append(Tree(root_pid=pid, root_kind=root_kind, child_kind=child_kind))
+        return trees
+
+    def shipped_bytes(self) -> int | None:
+        counts = [instance["shipped_bytes"] for instance in self._status()["compute"]]
+        return None if None in counts else sum(counts)
+
+    def _status(self) -> Any:
+        return json.loads(self._command("status", "--json"))
+
+    def _command(self, verb: str, *arguments: str) -> str:
+        command = [str(Path(sys.executable).with_name("boreal")), verb]
+        try:
+            # A session of its own: Ctrl-C on the terminal is for the bench, which then stops it.
+            done = subprocess.run(
+                [*command, "--data-dir", str(self._directory), *arguments],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=_COMMAND_S,
+                check=False,
+                start_new_session=True,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ProcessFailed(f"boreal {verb} did not end within {_COMMAND_S} s") from error
+        if done.returncode != 0:
+            raise ProcessFailed(f"boreal {verb} failed: {(done.stderr or done.stdout).strip()}")
+        return done.stdout
+
+
+def _boreal_kinds(name: str) -> tuple[Kind, Callable[[str], Kind]]:
+    """The kinds of a Boreal process and of those below it, by its name in the cluster."""
+    if name.startswith("sn-"):
+        return Kind.STORAGE_LOG, lambda _: Kind.STORAGE_PAGES
+    if name.startswith("db-"):
+        return Kind.AGENT, writer_kind
+    return Kind.CONTROL, lambda _: Kind.CONTROL
+
+
+def make_system(name: SystemName, engine: Engine, directory: Path) -> System:
+    """The system of that name; its data go to `directory`, which must not exist yet."""
+    match name:
+        case SystemName.SHIP_ONLY:
+            return Boreal(directory, ship_only=True)
+        case SystemName.BOREAL:
+            return Boreal(directory, ship_only=False)
+        case SystemName.QUORUM:
+            return StockQuorum(engine, directory)
+        case SystemName.ALONE:
+            return StockAlone(engine, directory)
+
+
+def _primary_trees(server: PostgresServer) -> list[Tree]:
+    if server.pid is None:
+        return []
+    return [Tree(root_pid=server.pid, root_kind=Kind.POSTGRES, child_kind=writer_kind)]
+
+
+def _password() -> str:
+    return secrets.token_urlsafe(16)

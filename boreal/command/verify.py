@@ -1,0 +1,72 @@
+"""`boreal verify`: does storage hold the pages that PostgreSQL holds?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from boreal.cluster import ClusterConfig
+from boreal.command.remote import connect
+from boreal.errors import Internal, NotWriter
+from boreal.rpc import compute_pb2
+from boreal.types import Fork, format_lsn
+
+
+async def verify(config: ClusterConfig, nodes: Sequence[str], console: Console) -> int:
+    """Run it, show it, and return the number of pages that differ."""
+    summary: compute_pb2.VerifySummary | None = None
+    async with connect(config) as remote:
+        status = await remote.compute_status()
+        if status.state != compute_pb2.WRITER:
+            state = compute_pb2.ComputeState.Name(status.state).lower()
+            raise NotWriter(f"{status.instance} is {state}; verify needs the writer at work")
+        with _progress(console) as progress:
+            task = progress.add_task("pages", total=None)
+            async for event in remote.verify(status.volume, nodes):
+                match event.WhichOneof("event"):
+                    case "progress":
+                        done, total = event.progress.pages_done, event.progress.pages_total
+                        progress.update(task, completed=done, total=total)
+                    case "difference":
+                        progress.console.print(_difference(event.difference), style="red")
+                    case "summary":
+                        summary = event.summary
+    if summary is None:
+        raise Internal("the compute node ended the comparison without a result")
+    console.print(_totals(summary))
+    return summary.differences
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _difference(page: compute_pb2.PageDifference) -> str:
+    fork = Fork(page.fork.fork).name.lower()
+    return (
+        f"{page.node}: {page.database}.{page.relation} {fork} fork, block {page.block} differs: "
+        f"{page.reason}"
+    )
+
+
+def _totals(summary: compute_pb2.VerifySummary) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_row(f"{summary.databases}", "databases")
+    table.add_row(f"{summary.relations}", "relations")
+    table.add_row(f"{summary.pages}", f"pages compared as of {format_lsn(summary.lsn)}")
+    table.add_row(f"{len(summary.nodes)}", f"storage nodes: {', '.join(summary.nodes)}")
+    style = "bold red" if summary.differences else "bold green"
+    table.add_row(f"{summary.differences}", "pages differ", style=style)
+    return table

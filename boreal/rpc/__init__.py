@@ -1,0 +1,1 @@
+"""Generated stubs (`make proto`) and `edge`, where Boreal's types and errors meet gRPC's."""

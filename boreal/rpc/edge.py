@@ -1,0 +1,202 @@
+"""Where Boreal's errors and types meet gRPC: the only mapping between the two, in both directions.
+
+Servers are made by `make_server`: a handler raises a BorealError, the caller's stub call raises the
+same class again inside `calling(...)`. Nothing outside this module looks at a gRPC status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import structlog
+from grpc import aio
+
+from boreal import errors
+from boreal.errors import BorealError, Internal, UnknownOutcome, Unreachable
+from boreal.quorum import Lineage
+from boreal.rpc import common_pb2
+from boreal.types import Epoch, Fork, RelationFork, VolumeId
+
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+"""No message of ours comes near it: pages and log travel in chunks of about 1 MiB."""
+
+_ERROR_KEY = "boreal-error-bin"
+_OPTIONS = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),
+    # A peer that was killed and restarted must be found again within a moment, not in two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+]
+
+_log = structlog.get_logger(__name__)
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+def error_to_wire(error: BorealError) -> common_pb2.Error:
+    """The message form of an error."""
+    return common_pb2.Error(code=error.code, message=error.message, details=error.details)
+
+
+def error_from_wire(wire: common_pb2.Error) -> BorealError:
+    """The error a peer sent; Internal if it is of a kind this version does not know."""
+    kind = errors.BY_CODE.get(wire.code)
+    if kind is None:
+        return Internal(f"{wire.code}: {wire.message}")
+    return kind(wire.message, **dict(wire.details))
+
+
+def _from_rpc_error(error: aio.AioRpcError, peer: str, what: str) -> BorealError:
+    trailing: Any = error.trailing_metadata() or ()
+    wire = dict(trailing).get(_ERROR_KEY)
+    if isinstance(wire, bytes):
+        return error_from_wire(common_pb2.Error.FromString(wire))
+    detail = error.details() or error.code().name
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return UnknownOutcome(f"{peer} did not answer {what} in time; it may have been done")
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        return Unreachable(f"{peer} cannot be reached for {what}: {detail}")
+    return Internal(f"{peer} failed in {what}: {error.code().name}: {detail}")
+
+
+@contextmanager
+def calling(peer: str, what: str) -> Iterator[None]:
+    """Wrap stub calls: an RPC that fails raises the BorealError it stands for."""
+    try:
+        yield
+    except aio.AioRpcError as error:
+        raise _from_rpc_error(error, peer, what) from error
+
+
+# --- servers and channels ----------------------------------------------------------------------
+
+
+async def _abort(context: aio.ServicerContext[Any, Any], error: BaseException) -> None:
+    if not isinstance(error, BorealError):
+        _log.error("unexpected error in an RPC handler", exc_info=error)
+        error = Internal(f"{type(error).__name__}: {error}")
+    wire = error_to_wire(error).SerializeToString()
+    status = getattr(grpc.StatusCode, error.status)
+    await context.abort(status, error.message, trailing_metadata=((_ERROR_KEY, wire),))
+
+
+if TYPE_CHECKING:
+    _Interceptor = aio.ServerInterceptor[Any, Any]
+else:
+    _Interceptor = aio.ServerInterceptor  # generic in its type stubs only
+
+
+class _ErrorInterceptor(_Interceptor):
+    """Turns a BorealError raised by a handler into the status and metadata it maps to."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:  # no such method: gRPC answers UNIMPLEMENTED by itself
+            return None  # type: ignore[return-value]
+        # Our services are either unary or streaming in their answer; the request side is untouched.
+        if handler.response_streaming:
+            inner_stream = handler.unary_stream or handler.stream_stream
+
+            async def streaming(
+                request: Any, context: aio.ServicerContext[Any, Any]
+            ) -> AsyncIterator[Any]:
+                try:
+                    async for response in inner_stream(request, context):
+                        yield response
+                except (aio.AbortError, asyncio.CancelledError, GeneratorExit):
+                    raise
+                except Exception as error:  # noqa: BLE001 - the edge: everything becomes a status
+                    await _abort(context, error)
+
+            wrap: Any = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
+            return wrap(  # type: ignore[no-any-return]
+                streaming, handler.request_deserializer, handler.response_serializer
+            )
+        inner_unary = handler.unary_unary or handler.stream_unary
+
+        async def unary(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
+            try:
+                return await inner_unary(request, context)
+            except (aio.AbortError, asyncio.CancelledError):
+                raise
+            except Exception as error:  # noqa: BLE001 - the edge: everything becomes a status
+                await _abort(context, error)
+
+        wrap = (
+            grpc.stream_unary_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_unary_rpc_method_handler
+        )
+        return wrap(  # type: ignore[no-any-return]
+            unary, handler.request_deserializer, handler.response_serializer
+        )
+
+
+def make_server() -> aio.Server:
+    """A gRPC server with our limits, whose handlers may raise BorealError."""
+    return aio.server(interceptors=[_ErrorInterceptor()], options=_OPTIONS)
+
+
+def open_channel(address: str) -> aio.Channel:
+    """A channel with our limits. It reconnects by itself; close it when done."""
+    return aio.insecure_channel(address, options=_OPTIONS)
+
+
+# --- types -------------------------------------------------------------------------------------
+
+
+def volume_ref(volume: VolumeId, epoch: int) -> common_pb2.VolumeRef:
+    """Name a volume and the epoch the caller acts under."""
+    return common_pb2.VolumeRef(volume_id=volume, epoch=epoch)
+
+
+def lineage_to_wire(lineage: Lineage) -> list[common_pb2.EpochStart]:
+    """The repeated field of a lineage."""
+    return [common_pb2.EpochStart(epoch=e, start_lsn=s) for e, s in lineage.entries]
+
+
+def lineage_from_wire(entries: Iterable[common_pb2.EpochStart]) -> Lineage:
+    """Read a lineage; MalformedRequest if it is none."""
+    try:
+        return Lineage.of((entry.epoch, entry.start_lsn) for entry in entries)
+    except Internal as error:
+        raise errors.MalformedRequest(f"not a lineage: {error.message}") from error
+
+
+def fork_to_wire(fork: RelationFork) -> common_pb2.RelationFork:
+    """The message form of a relation fork."""
+    return common_pb2.RelationFork(
+        tablespace=fork.tablespace, database=fork.database, relation=fork.relation, fork=fork.fork
+    )
+
+
+def fork_from_wire(wire: common_pb2.RelationFork) -> RelationFork:
+    """Read a relation fork; MalformedRequest if there is no such fork."""
+    if wire.fork > max(Fork):
+        raise errors.MalformedRequest(
+            f"fork {wire.fork} does not exist; forks are 0 to {max(Fork)}"
+        )
+    return RelationFork(wire.tablespace, wire.database, wire.relation, Fork(wire.fork))
+
+
+def epoch_of(ref: common_pb2.VolumeRef) -> Epoch:
+    """The epoch a caller acts under."""
+    return Epoch(ref.epoch)

@@ -1,0 +1,87 @@
+"""`python -m compute_node`: one compute node's agent."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+
+import click
+import uvloop
+
+from boreal import logs
+from boreal.engine import find_engine
+from boreal.rpc import compute_pb2_grpc
+from boreal.rpc.edge import make_server
+from boreal.types import InstanceName
+from compute_node import shim
+from compute_node.agent import Agent
+from compute_node.config import ComputeConfig
+from compute_node.service import ComputeService
+
+
+async def serve(config: ComputeConfig) -> None:
+    """Run the agent until SIGTERM or SIGINT."""
+    config.data_dir.mkdir(parents=True, exist_ok=True)
+    reachable = config.data_dir / "engine"
+    reachable.mkdir(exist_ok=True)
+    engine = find_engine(reachable)
+    agent = Agent(config, engine, shim.build(reachable))
+    server = make_server()
+    compute_pb2_grpc.add_ComputeServicer_to_server(ComputeService(agent), server)
+    server.add_insecure_port(f"{config.host}:{config.port}")
+    await server.start()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, agent.request_stop)
+    try:
+        await agent.run()
+    finally:
+        await server.stop(grace=1)
+
+
+@click.command()
+@click.option("--name", required=True, help="This instance: db-1, ...")
+@click.option("--data-dir", required=True, type=click.Path(path_type=Path))
+@click.option("--control", required=True, help="HOST:PORT of the control plane.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", required=True, type=int, help="Of this agent's gRPC service.")
+@click.option("--postgres-port", required=True, type=int)
+@click.option(
+    "--password-file",
+    required=True,
+    type=click.Path(path_type=Path, exists=True),
+    help="Holds the master user's password; used when the volume is created.",
+)
+@click.option("--ship-only", is_flag=True, help="No after-images: ship the log, make no pages.")
+@click.option("--setting", multiple=True, metavar="NAME=VALUE", help="Further PostgreSQL settings.")
+def main(
+    name: str,
+    data_dir: Path,
+    control: str,
+    host: str,
+    port: int,
+    postgres_port: int,
+    password_file: Path,
+    ship_only: bool,
+    setting: tuple[str, ...],
+) -> None:
+    """Run one compute node: a PostgreSQL on a Boreal volume."""
+    logs.configure(name)
+    pairs = [item.partition("=") for item in setting]
+    config = ComputeConfig(
+        name=InstanceName(name),
+        data_dir=data_dir.absolute(),
+        host=host,
+        control=control,
+        port=port,
+        postgres_port=postgres_port,
+        master_password=password_file.read_text().strip(),
+        ship_only=ship_only,
+        settings=tuple((key, value) for key, _, value in pairs),
+    )
+    uvloop.run(serve(config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""What a compute node is told when it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from boreal.types import InstanceName
+
+SLOT = "boreal"
+"""The replication slot through which the writer's WAL leaves PostgreSQL."""
+SHIPPER_NAME = "boreal"
+"""`application_name` of the agent: the only synchronous standby."""
+ADMIN = "boreal_admin"
+"""The internal superuser: only over the unix socket, only for the agent's own OS account."""
+MASTER = "boreal"
+"""The user's master role. Not a superuser."""
+DATABASE = "postgres"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputeConfig:
+    """One compute node's settings."""
+
+    name: InstanceName
+    data_dir: Path
+    host: str
+    control: str
+    port: int
+    """Of the agent's own gRPC service."""
+    postgres_port: int
+    master_password: str
+    ship_only: bool
+    """Only ship the log; storage does not materialize pages. A mode of the bench."""
+    settings: tuple[tuple[str, str], ...] = ()
+    """Further postgresql.conf settings."""
+
+    @property
+    def pgdata(self) -> Path:
+        """PostgreSQL's data directory: a cache, rebuilt from storage at every start."""
+        return self.data_dir / "pgdata"
+
+    @property
+    def run_dir(self) -> Path:
+        """Unix sockets: PostgreSQL's, the page service's and the feed's."""
+        return self.data_dir / "run"
+
+    @property
+    def page_socket(self) -> Path:
+        """Where the shim asks for pages."""
+        return self.run_dir / "pages"
+
+    @property
+    def feed_dir(self) -> Path:
+        """The directory in which the feed listens, as libpq wants it."""
+        return self.run_dir / "feed"

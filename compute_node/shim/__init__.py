@@ -1,0 +1,99 @@
+"""The page shim: what it promises, and how it is built.
+
+`boreal_shim.c` is LD_PRELOADed into stock PostgreSQL 16. With `SOCKET_VARIABLE` set to the path of
+the agent's unix socket it turns PGDATA's relation files into a cache of the volume: a block that
+reads as all zeros is asked for (`compute_node.page_service` answers), and truncations are reported.
+What it cannot get is EIO, never zeros. Without the variable it does nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from boreal.errors import BadUsage, ProcessFailed
+
+SOCKET_VARIABLE = "BOREAL_PAGE_SOCKET"
+"""The environment variable by which PostgreSQL's shim finds its agent."""
+PARENT_VARIABLE = "BOREAL_PARENT_PID"
+"""If set, the process that starts PostgreSQL; when it dies, the kernel sends PostgreSQL SIGQUIT."""
+MAX_SOCKET_PATH_BYTES = 107
+"""sun_path (unix(7)) without its final zero."""
+
+_SOURCE = Path(__file__).with_name("boreal_shim.c")
+_FLAGS = (
+    *("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"),
+    *("-shared", "-fPIC", "-fvisibility=hidden"),
+    # Some distributions turn this on by default; it makes `read` and `open` inline functions.
+    *("-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=0"),
+)
+_COMPILE_WITHIN_S = 120.0
+
+
+def environment(library: Path, socket_path: Path) -> dict[str, str]:
+    """What to add to PostgreSQL's environment so that it runs with the shim.
+
+    To be started from the caller's main thread: it is told to quit when the thread that started it
+    ends (PR_SET_PDEATHSIG, prctl(2)).
+    """
+    return {
+        "LD_PRELOAD": str(library),
+        SOCKET_VARIABLE: str(socket_path),
+        PARENT_VARIABLE: str(os.getpid()),
+    }
+
+
+def build(into: Path) -> Path:
+    """Compile the shim into the directory `into` unless this very source was; return the library.
+
+    The file is readable by all (PostgreSQL runs under another account) and appears whole or not at
+    all. Raises BadUsage where there is no C compiler, ProcessFailed if it fails.
+    """
+    digest = hashlib.sha256(_SOURCE.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()
+    library = into / f"boreal_shim-{digest[:16]}.so"
+    if library.exists():
+        return library
+    into.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=into, prefix=".boreal_shim-", suffix=".so")
+    os.close(descriptor)
+    fresh = Path(name)
+    try:
+        _compile(fresh)
+        fresh.chmod(0o755)
+        fresh.replace(library)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return library
+
+
+def compiler() -> list[str]:
+    """The command of a C compiler: the system's, or that of the `ziglang` wheel."""
+    for name in ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            return [found]
+    if importlib.util.find_spec("ziglang"):
+        return [sys.executable, "-m", "ziglang", "cc"]
+    raise BadUsage(
+        "the page shim needs a C compiler and none was found. Install one (`apt-get install gcc`), "
+        f"or run `{sys.executable} -m pip install ziglang`"
+    )
+
+
+def _compile(output: Path) -> None:
+    command = [*compiler(), *_FLAGS, "-o", str(output), str(_SOURCE), "-ldl"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=_COMPILE_WITHIN_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ProcessFailed(
+            f"compiling the page shim took over {_COMPILE_WITHIN_S:g} s: {' '.join(command)}"
+        ) from error
+    if done.returncode != 0:
+        raise ProcessFailed(f"compiling the page shim failed: {' '.join(command)}\n{done.stderr}")

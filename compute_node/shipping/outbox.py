@@ -1,0 +1,123 @@
+"""What all links of a shipper share: the window, the batches cut from it, and the VDL.
+
+No I/O and no clock: the links do the sending and tell it what was acknowledged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from boreal.errors import StaleEpoch
+from boreal.frames import MAX_APPEND_BYTES, frame
+from boreal.quorum import DurabilityTracker, Lineage
+from boreal.rpc import edge, storage_pb2
+from boreal.types import Lsn, NodeName, VolumeId
+from compute_node.shipping.window import LogWindow
+
+SLACK_BYTES = MAX_APPEND_BYTES
+"""Taken beyond `full`: whoever reads WAL can stop only after what is in its hands."""
+
+
+_DATA_TAG = bytes([storage_pb2.AppendRequest.DATA_FIELD_NUMBER << 3 | 2])
+"""Field number and wire type, length-delimited (protobuf.dev/programming-guides/encoding)."""
+
+
+def _varint(number: int) -> bytes:
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One AppendRequest, framed. The same object goes to every node that stands where it starts."""
+
+    start: Lsn
+    end: Lsn
+    vdl: Lsn
+    frame: bytes
+
+
+class Outbox:
+    """The log of one writer incarnation on its way out.
+
+    Invariants: the VDL grows only by the acknowledgements of a write quorum; what is above it is in
+    the window; once `fenced`, nothing goes in or out and the VDL stays.
+    """
+
+    def __init__(
+        self,
+        *,
+        volume: VolumeId,
+        lineage: Lineage,
+        start: Lsn,
+        tracker: DurabilityTracker,
+        window_bytes: int,
+        on_vdl: Callable[[Lsn], None],
+    ) -> None:
+        self.volume = volume
+        self.lineage = lineage
+        self.pgmrpl = Lsn(0)
+        self.fenced: StaleEpoch | None = None
+        self.window = LogWindow(start, window_bytes + SLACK_BYTES)
+        """To read; only `push` adds to it."""
+        self._window_bytes = window_bytes
+        self._tracker = tracker
+        self._on_vdl = on_vdl
+        self._header = storage_pb2.AppendRequest(volume=edge.volume_ref(volume, lineage.last.epoch))
+        self._newest: Batch | None = None
+
+    @property
+    def vdl(self) -> Lsn:
+        """Durable on a write quorum up to here."""
+        return self._tracker.vdl
+
+    @property
+    def full(self) -> bool:
+        """Whether too much waits for a quorum to take more."""
+        return self.window.pending_bytes >= self._window_bytes
+
+    @property
+    def roomy(self) -> bool:
+        """Whether at most half of the window waits for a quorum."""
+        return self.window.pending_bytes <= self._window_bytes // 2
+
+    def push(self, start: Lsn, data: bytes) -> None:
+        """Take WAL. Raises StaleEpoch once fenced."""
+        if self.fenced is not None:
+            raise self.fenced
+        self.window.push(start, data)
+
+    def batch(self, at: Lsn) -> Batch:
+        """What there is from `at` on, up to the limit of an append; at the end, the VDL alone."""
+        end = min(self.window.end, Lsn(at + MAX_APPEND_BYTES))
+        newest = self._newest
+        if newest is not None and newest.start == at and newest.end == end and at < end:
+            return newest
+        header, vdl = self._header, self.vdl
+        header.start_lsn, header.vdl, header.pgmrpl = at, vdl, self.pgmrpl
+        data = self.window.read(at, end)
+        # The data is put behind the serialized rest by hand, as fields may come in any order: a
+        # message object that is used again keeps every string it was ever given.
+        body = b"".join((header.SerializeToString(), _DATA_TAG, _varint(len(data)), data))
+        self._newest = Batch(at, end, vdl, frame(body))
+        return self._newest
+
+    def adopted(self, node: NodeName, scl: Lsn) -> None:
+        """`node` follows our lineage and stands at `scl`."""
+        if self.fenced is None:
+            self._advance(self.vdl, self._tracker.adopted(node, scl))
+
+    def acked(self, node: NodeName, scl: Lsn) -> None:
+        """`node` has everything up to `scl` on disk."""
+        if self.fenced is None:
+            self._advance(self.vdl, self._tracker.acked(node, scl))
+
+    def _advance(self, before: Lsn, vdl: Lsn) -> None:
+        if vdl > before:
+            self.window.raise_floor(vdl)
+            self._on_vdl(vdl)

@@ -1,0 +1,111 @@
+"""`python -m control_plane`: the control plane's process."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import uvloop
+
+from boreal import cluster, logs
+from boreal.errors import BadUsage, BorealError
+from boreal.processes import LocalProcesses
+from boreal.rpc import control_pb2_grpc
+from boreal.rpc.edge import make_server
+from boreal.types import VolumeId
+from control_plane.coordinator import Coordinator
+from control_plane.launcher import Launcher
+from control_plane.service import ControlService
+from control_plane.state import ControlState
+
+_GRACE_S = 0.5
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlConfig:
+    """What the process was told."""
+
+    data_dir: Path
+    host: str
+    port: int
+    launch: Path | None
+    """The local cluster whose compute processes are brought back; None: nobody's."""
+
+
+def parse(arguments: Sequence[str]) -> ControlConfig:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m control_plane", description=__doc__)
+    parser.add_argument("--data-dir", type=Path, required=True, help="where the state is kept")
+    parser.add_argument("--port", type=int, required=True, help="of the Control service")
+    parser.add_argument("--host", default="127.0.0.1", help="to listen on (%(default)s)")
+    parser.add_argument(
+        "--launch",
+        type=Path,
+        metavar="CLUSTER_DIR",
+        help="start dead compute processes of this local cluster again",
+    )
+    return ControlConfig(**vars(parser.parse_args(arguments)))
+
+
+def new_volume_id() -> VolumeId:
+    """A name no other volume has."""
+    return VolumeId(f"vol-{secrets.token_hex(6)}")
+
+
+async def serve(config: ControlConfig) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    config.data_dir.mkdir(parents=True, exist_ok=True)
+    state = ControlState.open(config.data_dir / "control.db")
+    try:
+        coordinator = Coordinator(state, time.monotonic, new_volume_id)
+        server = make_server()
+        control_pb2_grpc.add_ControlServicer_to_server(ControlService(coordinator), server)
+        address = f"{config.host}:{config.port}"
+        try:
+            server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise BadUsage(f"cannot listen on {address}: {error}") from error
+        await server.start()
+        _log.info("control plane serves", address=address)
+        async with asyncio.TaskGroup() as tasks:
+            launching = tasks.create_task(_launch(config.launch))
+            await stopping.wait()
+            launching.cancel()
+            await server.stop(_GRACE_S)
+        _log.info("control plane stopped")
+    finally:
+        state.close()
+
+
+async def _launch(cluster_dir: Path | None) -> None:
+    if cluster_dir is not None:
+        names = (cluster.COMPUTE,)
+        await Launcher(LocalProcesses(cluster_dir), names, time.monotonic).run()
+
+
+def main() -> int:
+    """Run the process; its exit status."""
+    logs.configure("control")
+    try:
+        uvloop.run(serve(parse(sys.argv[1:])))
+    except BorealError as error:
+        _log.error("control plane cannot run", error=error.message)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""gRPC StoragePages: pages and relations at an LSN."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from grpc import aio
+
+from boreal.errors import MalformedRequest, OversizeRequest
+from boreal.rpc import storage_pb2, storage_pb2_grpc
+from boreal.rpc.edge import epoch_of, fork_from_wire, fork_to_wire
+from boreal.types import PAGE_BYTES, Epoch, Fork, Lsn
+from storage_node.page_volume import PageVolume, PageVolumes
+
+MAX_PAGES_A_CALL = 1024
+MAX_PAGES_A_MESSAGE = 128
+_PAGES_A_TURN = 16
+"""Pages made before other calls and the ingest get their turn."""
+_RELATIONS_A_MESSAGE = 2000
+_MAX_WAIT_S = 30.0
+_ANSWER_S = 0.2
+_MAX_BLOCKS = 0xFFFFFFFE
+_ZERO_PAGE = bytes(PAGE_BYTES)
+
+_Context = aio.ServicerContext[Any, Any]
+
+
+class PageService(storage_pb2_grpc.StoragePagesServicer):
+    """See proto/storage.proto for the contract; errors are those of boreal/errors.py."""
+
+    def __init__(self, volumes: PageVolumes) -> None:
+        self._volumes = volumes
+
+    async def ImportPages(
+        self,
+        request_iterator: AsyncIterator[storage_pb2.ImportPagesRequest],
+        context: _Context,
+    ) -> storage_pb2.ImportPagesResponse:
+        """Take the pages a volume begins with. Repeating a complete import changes nothing."""
+        first = await anext(aiter(request_iterator), None)
+        if first is None:
+            raise MalformedRequest("the import names no volume")
+        volume = await self._volumes.get(first.volume.volume_id, epoch_of(first.volume))
+        async with volume.importing:
+            if volume.store.imported is None:
+                await _import(volume, first, request_iterator)
+            volume.check_same_import(Lsn(first.lsn))
+            return storage_pb2.ImportPagesResponse(pages=volume.store.page_count)
+
+    async def GetPages(
+        self, request: storage_pb2.GetPagesRequest, context: _Context
+    ) -> AsyncIterator[storage_pb2.PageImages]:
+        """Pages of a fork as of an LSN, waiting for the index to get there."""
+        volume = await self._volumes.get(request.volume.volume_id, epoch_of(request.volume))
+        fork, first, count = fork_from_wire(request.fork), request.first_block, request.count
+        if count > MAX_PAGES_A_CALL:
+            raise OversizeRequest(
+                f"{count} pages were asked for; the limit is {MAX_PAGES_A_CALL}",
+                limit_bytes=MAX_PAGES_A_CALL * PAGE_BYTES,
+            )
+        if count == 0 or first + count - 1 > _MAX_BLOCKS:
+            raise MalformedRequest(f"blocks {first} to {first + count - 1} are no range")
+        await volume.wait_for(Lsn(request.lsn), Epoch(request.lineage_epoch), _time_left(context))
+        for begin in range(first, first + count, MAX_PAGES_A_MESSAGE):
+            end = min(begin + MAX_PAGES_A_MESSAGE, first + count)
+            pages: list[bytes | None] = []
+            for turn in range(begin, end, _PAGES_A_TURN):
+                blocks = range(turn, min(turn + _PAGES_A_TURN, end))
+                pages += volume.pages(fork, blocks, Lsn(request.lsn))
+                await asyncio.sleep(0)
+            yield storage_pb2.PageImages(
+                first_block=begin,
+                pages=b"".join(_ZERO_PAGE if page is None else page for page in pages),
+                exists=[page is not None for page in pages],
+            )
+
+    async def ListRelations(
+        self, request: storage_pb2.ListRelationsRequest, context: _Context
+    ) -> AsyncIterator[storage_pb2.RelationSizes]:
+        """Every fork but free space maps, as of an LSN, waiting for the index to get there."""
+        volume = await self._volumes.get(request.volume.volume_id, epoch_of(request.volume))
+        await volume.wait_for(Lsn(request.lsn), Epoch(request.lineage_epoch), _time_left(context))
+        sizes = [
+            storage_pb2.RelationSize(fork=fork_to_wire(fork), blocks=blocks)
+            for fork, blocks in sorted(volume.relations(Lsn(request.lsn)).items())
+        ]
+        for begin in range(0, len(sizes), _RELATIONS_A_MESSAGE):
+            yield storage_pb2.RelationSizes(relations=sizes[begin : begin + _RELATIONS_A_MESSAGE])
+
+    async def GetIndexState(
+        self,
+        request: storage_pb2.GetIndexStateRequest,
+        context: _Context,
+    ) -> storage_pb2.IndexState:
+        """How far the index has come."""
+        volume = await self._volumes.get(request.volume.volume_id, epoch_of(request.volume))
+        return storage_pb2.IndexState(
+            indexed_lsn=volume.indexed, log_scl=volume.shared.scl, failure=volume.failure
+        )
+
+
+async def _import(
+    volume: PageVolume,
+    message: storage_pb2.ImportPagesRequest | None,
+    rest: AsyncIterator[storage_pb2.ImportPagesRequest],
+) -> None:
+    """Store the stream's pages, seal them at the last message."""
+    first = message
+    volume.store.begin()
+    while message is not None and first is not None:
+        volume.check_epoch(Epoch(message.volume.epoch))
+        if (message.volume.volume_id, message.lsn) != (volume.volume, first.lsn):
+            raise MalformedRequest("one import is about one volume and one LSN")
+        _store(volume, message)
+        if message.last:
+            await volume.seal_import(Lsn(message.lsn))
+            return
+        message = await anext(rest, None)
+    raise MalformedRequest("the import ended without its last message; nothing was kept")
+
+
+def _store(volume: PageVolume, message: storage_pb2.ImportPagesRequest) -> None:
+    """Store one message's pages. The last message need not carry any."""
+    if message.last and not message.HasField("fork"):
+        return
+    fork, size = fork_from_wire(message.fork), len(message.pages)
+    count, rest = divmod(size, PAGE_BYTES)
+    if rest or count > MAX_PAGES_A_MESSAGE or message.first_block + count > _MAX_BLOCKS:
+        raise MalformedRequest(
+            f"{size} bytes from block {message.first_block} of {fork} are not whole pages, "
+            f"{MAX_PAGES_A_MESSAGE} at most"
+        )
+    if fork.fork is not Fork.FSM:  # free space maps come with the bundle
+        volume.store.add(fork, message.first_block, message.pages)
+
+
+def _time_left(context: _Context) -> float:
+    """How long a call may wait, so that a typed refusal still gets back before its deadline."""
+    remaining = context.time_remaining()
+    if remaining is None:
+        return _MAX_WAIT_S
+    return min(remaining - min(remaining / 4, _ANSWER_S), _MAX_WAIT_S)

@@ -1,0 +1,82 @@
+"""Keeps the node's page process running and tells it when there is something to index."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+import structlog
+
+_POLL_SECONDS = 0.2
+_FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 10.0
+_HEALTHY_SECONDS = 30.0
+"""One that lived so long did not fail at its start: begin with the short pause again."""
+_NOTIFY_DELAY_SECONDS = 0.002
+"""Appends within it wake the page process once. Whoever waits for a page asks it directly."""
+
+_log = structlog.get_logger(__name__)
+
+
+class PageProcess(Protocol):
+    """storage_node.page_process.PageProcess, as much of it as is used here."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        ...
+
+    def poll(self) -> int | None:
+        """Its exit status; None while it runs."""
+        ...
+
+    def notify(self) -> None:
+        """Wake it; never blocks."""
+        ...
+
+    def stop(self) -> None:
+        """End it."""
+        ...
+
+
+class PageSupervisor:
+    """The one owner of the page process: starts it, and again when it died, ever more slowly."""
+
+    def __init__(self, start: Callable[[], PageProcess]) -> None:
+        self._start = start
+        self._process: PageProcess | None = None
+        self._notifying = False
+
+    def notify(self) -> None:
+        """The log grew, or volumes came or went. Cheap."""
+        if not self._notifying:
+            self._notifying = True
+            asyncio.get_running_loop().call_later(_NOTIFY_DELAY_SECONDS, self._notify)
+
+    def _notify(self) -> None:
+        self._notifying = False
+        if self._process is not None:
+            self._process.notify()
+
+    async def run(self) -> None:
+        """Keep one running until cancelled; then stop it."""
+        clock = asyncio.get_running_loop().time
+        pause = _FIRST_PAUSE_SECONDS
+        try:
+            while True:
+                started = clock()
+                self._process = process = self._start()
+                _log.info("page process started", pid=process.pid)
+                while (status := process.poll()) is None:
+                    await asyncio.sleep(_POLL_SECONDS)
+                if clock() - started >= _HEALTHY_SECONDS:
+                    pause = _FIRST_PAUSE_SECONDS
+                _log.error("page process died", status=status, restart_in_seconds=pause)
+                process.stop()
+                self._process = None
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        finally:
+            if self._process is not None:
+                self._process.stop()

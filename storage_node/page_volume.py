@@ -1,0 +1,265 @@
+"""Everything the page process keeps of one volume, and the collection of all of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import structlog
+
+from boreal.errors import (
+    BelowLogStart,
+    BorealError,
+    MalformedRequest,
+    NotIndexedYet,
+    StaleEpoch,
+    UnknownVolume,
+    VolumeMismatch,
+)
+from boreal.types import BlockNumber, Epoch, Lsn, PageKey, RelationFork, VolumeId, format_lsn
+from storage_node.config import StorageConfig, VolumeLayout
+from storage_node.index import Imported, PageIndex
+from storage_node.ingest import Ingest
+from storage_node.log import LogReader
+from storage_node.materialize import Materializer
+from storage_node.page_store import PageStore
+from storage_node.redo.after_image import AfterImageRedo
+from storage_node.shared_state import SharedState
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Materialization:
+    """What a volume has once its import is complete, if its pages are wanted at all."""
+
+    index: PageIndex
+    ingest: Ingest
+    materializer: Materializer
+    task: asyncio.Task[None]
+
+
+class PageVolume:
+    """One volume's imported pages, index and ingest.
+
+    A volume of which only the log is wanted (`materialize` false) has no index: it answers with the
+    imported pages, at any LSN.
+    """
+
+    def __init__(
+        self, volume: VolumeId, layout: VolumeLayout, tasks: asyncio.TaskGroup, boot_id: str
+    ) -> None:
+        self.volume = volume
+        self.importing = asyncio.Lock()
+        """Held by the one import that runs."""
+        self._layout = layout
+        self._tasks = tasks
+        self._boot_id = boot_id
+        self._file_number = layout.shared.stat().st_ino
+        self.shared = SharedState(layout.shared)
+        if self.shared.scl == 0:
+            self.shared.close()
+            raise UnknownVolume(f"{volume} is only being made")
+        self.store = PageStore(layout.pages)
+        self._log = LogReader(layout.root)
+        self._materialization: _Materialization | None = None
+        self._imported = asyncio.Event()
+        if self.store.imported is not None:
+            self._begin(self.store.imported)
+
+    @property
+    def gone(self) -> bool:
+        """Whether the volume was dropped, and perhaps made anew.
+
+        The file number tells: it is not used again as long as the file is mapped here.
+        """
+        try:
+            replaced = self._layout.shared.stat().st_ino != self._file_number
+        except FileNotFoundError:
+            return True
+        return replaced or self.shared.dropped
+
+    def check_epoch(self, epoch: Epoch) -> None:
+        """Raise StaleEpoch for a caller of an epoch older than the promised one."""
+        promised = self.shared.promised
+        if epoch < promised:
+            raise StaleEpoch(
+                f"epoch {epoch} is stale: this segment promised epoch {promised}",
+                promised_epoch=promised,
+            )
+
+    async def seal_import(self, lsn: Lsn) -> None:
+        """All pages are here: make them durable and start indexing at `lsn`."""
+        if lsn < self.shared.start:
+            raise MalformedRequest(
+                f"pages as of {format_lsn(lsn)} are older than the log, which starts at "
+                f"{format_lsn(self.shared.start)}"
+            )
+        imported = await asyncio.to_thread(self.store.seal, lsn)
+        self._begin(imported)
+
+    def check_same_import(self, lsn: Lsn) -> None:
+        """Raise VolumeMismatch unless the complete import is one as of `lsn`."""
+        imported = self.store.imported
+        if imported is not None and imported.lsn != lsn:
+            raise VolumeMismatch(
+                f"{self.volume} was imported as of {format_lsn(imported.lsn)}, "
+                f"not {format_lsn(lsn)}"
+            )
+
+    def wake(self) -> None:
+        """The log has grown, or may have."""
+        if self._materialization is not None:
+            self._materialization.ingest.wake()
+
+    async def wait_for(self, lsn: Lsn, lineage_epoch: Epoch, timeout_s: float) -> None:
+        """Return once pages can be had as of `lsn`, durable under the lineage of `lineage_epoch`.
+
+        NotIndexedYet after `timeout_s`, IngestStopped if it will never be, BelowLogStart before the
+        import.
+        """
+        if not self.shared.materialize:
+            return
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        if self._materialization is None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._imported.wait()
+        made = self._materialization
+        if made is None:
+            raise NotIndexedYet(f"the pages of {self.volume} are not imported here", indexed_lsn=0)
+        if lsn < made.index.imported_lsn:
+            raise BelowLogStart(
+                f"{self.volume} begins at {format_lsn(made.index.imported_lsn)}; "
+                f"there are no pages as of {format_lsn(lsn)}",
+                start_lsn=made.index.imported_lsn,
+            )
+        if 0 < lineage_epoch <= self.shared.lineage_epoch:
+            # The log here is that lineage's, or one that took over all of it that was durable.
+            made.ingest.told_durable(lsn)
+        await made.ingest.wait_for(lsn, max(deadline - loop.time(), 0.0))
+
+    def pages(self, fork: RelationFork, blocks: Sequence[int], lsn: Lsn) -> list[bytes | None]:
+        """Pages as of `lsn`, which `wait_for` has seen reached; None where there is no block."""
+        keys = [PageKey(fork, BlockNumber(block)) for block in blocks]
+        self._check_open()
+        made = self._materialization
+        if made is None:
+            return [self.store.page(key) for key in keys]
+        with made.index.view() as view:
+            return [made.materializer.page(view, key, lsn) for key in keys]
+
+    def relations(self, lsn: Lsn) -> dict[RelationFork, int]:
+        """Every fork that exists as of `lsn`, with its blocks."""
+        self._check_open()
+        made = self._materialization
+        if made is None:
+            imported = self.store.imported
+            return {} if imported is None else dict(imported.forks)
+        with made.index.view() as view:
+            return view.relations(lsn)
+
+    @property
+    def indexed(self) -> Lsn:
+        """The end of the last indexed record; 0 before the import."""
+        return Lsn(0) if self._materialization is None else self._materialization.index.indexed
+
+    @property
+    def failure(self) -> str:
+        """Why the index does not go on; empty in health."""
+        made = self._materialization
+        return "" if made is None or made.ingest.failure is None else made.ingest.failure.message
+
+    async def close(self) -> None:
+        """Stop the ingest and release everything."""
+        made, self._materialization = self._materialization, None
+        if made is not None:
+            made.task.cancel()
+            await asyncio.wait([made.task])
+            made.ingest.abandon()
+            made.index.close()
+        self.store.close()
+        self._log.close()
+        self.shared.close()
+
+    def _begin(self, imported: Imported) -> None:
+        if self.shared.materialize:
+            self._materialization = self._make(imported)
+        self._imported.set()
+
+    def _make(self, imported: Imported) -> _Materialization:
+        log, redo = self._log, AfterImageRedo()
+        index = PageIndex.open(self._layout.pages / "index", imported, self._boot_id)
+        ingest = Ingest(volume=self.volume, index=index, log=log, shared=self.shared, redo=redo)
+        materializer = Materializer(
+            imported_page=self.store.page,
+            read_log=lambda start, length: log.read(start, Lsn(start + length)),
+            redo=redo,
+        )
+        task = self._tasks.create_task(ingest.run(), name=f"ingest {self.volume}")
+        return _Materialization(index, ingest, materializer, task)
+
+    def _check_open(self) -> None:
+        if not self.store.open:
+            raise UnknownVolume(f"{self.volume} was dropped")
+
+
+class PageVolumes:
+    """The node's volumes as they come and go. Owner of all `PageVolume`s."""
+
+    def __init__(self, config: StorageConfig, tasks: asyncio.TaskGroup, boot_id: str) -> None:
+        self._config = config
+        self._tasks = tasks
+        self._boot_id = boot_id
+        self._open: dict[VolumeId, PageVolume] = {}
+        self._broken: set[VolumeId] = set()
+
+    async def get(self, volume: str, epoch: Epoch) -> PageVolume:
+        """The volume, opened if it is new here. UnknownVolume, StaleEpoch, CorruptData."""
+        layout = self._config.volume(VolumeId(volume))
+        known = self._open.get(VolumeId(volume))
+        if known is not None and known.gone:
+            del self._open[known.volume]
+            await known.close()
+            known = None
+        if known is None:
+            known = self._open_volume(VolumeId(volume), layout)
+        known.check_epoch(epoch)
+        return known
+
+    async def wake(self) -> None:
+        """The log process says that something changed: look for new volumes, wake the others."""
+        for volume in [known for known in self._open.values() if known.gone]:
+            del self._open[volume.volume]
+            await volume.close()
+        for path in self._config.volumes_dir.glob("[!.]*"):
+            volume_id = VolumeId(path.name)
+            if volume_id in self._open or volume_id in self._broken:
+                continue
+            try:
+                self._open_volume(volume_id, self._config.volume(volume_id))
+            except UnknownVolume:
+                continue  # on its way in or out
+            except (BorealError, OSError) as error:
+                self._broken.add(volume_id)  # said once; requests are told each time
+                _log.error("volume does not open", volume=volume_id, error=str(error))
+        for volume in self._open.values():
+            volume.wake()
+
+    async def close(self) -> None:
+        """Close all."""
+        for volume in self._open.values():
+            await volume.close()
+        self._open.clear()
+
+    def _open_volume(self, volume_id: VolumeId, layout: VolumeLayout) -> PageVolume:
+        try:
+            volume = PageVolume(volume_id, layout, self._tasks, self._boot_id)
+        except FileNotFoundError as error:
+            raise UnknownVolume(f"there is no volume {volume_id} on this node") from error
+        self._open[volume_id] = volume
+        volume.wake()
+        return volume

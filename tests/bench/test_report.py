@@ -1,0 +1,103 @@
+"""Goal: the report says what was measured, failures too. Method: outcomes made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bench import report
+from bench.accounting import Kind
+from bench.load import Load, Summary
+from bench.plan import Cell, Script, SystemName
+from bench.runner import Failure, Measurement, Outcome
+
+CELL = Cell(script=Script.SIMPLE_UPDATE, clients=16)
+TITLES = {SystemName.SHIP_ONLY: "ship only, a mode", SystemName.QUORUM: "the peer"}
+
+
+def measurement(
+    system: SystemName, tps: float, *, transactions: int = 1000, elsewhere_share: float = 0
+) -> Measurement:
+    return Measurement(
+        cell=CELL,
+        system=system,
+        load=Load(
+            summary=Summary(transactions=transactions, failed=0, tps=tps, latency_mean_ms=5),
+            p50_ms=4,
+            p95_ms=9,
+            p99_ms=float("nan") if transactions == 0 else 12,
+            sampled=transactions // 4,
+            pgbench_cpu_s=0.1,
+        ),
+        wal_bytes=300_000,
+        shipped_bytes=1_800_000 if system is not SystemName.ALONE else None,
+        cpu_s={Kind.BACKENDS: 0.5, Kind.WALSENDER: 0.25},
+        elsewhere_share=elsewhere_share,
+        settle_s=0.1,
+        settled=True,
+    )
+
+
+def outcomes() -> list[Outcome]:
+    return [measurement(SystemName.QUORUM, 1000), measurement(SystemName.SHIP_ONLY, 1500)]
+
+
+def rendered(items: list[Outcome]) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(report.load_table(items, TITLES), report.cpu_table(items, TITLES))
+    return capture.get()
+
+
+def test_ratio_is_to_the_peer_in_the_same_cell() -> None:
+    peer, boreal = outcomes()
+    assert isinstance(peer, Measurement)
+    assert isinstance(boreal, Measurement)
+    assert report.ratio(outcomes(), boreal) == pytest.approx(1.5)
+    assert report.ratio([boreal], boreal) is None
+
+
+def test_tables_show_ratios_bytes_and_cpu() -> None:
+    text = rendered(outcomes())
+    for figure in ("1,500", "1.50", "300", "1,800", "0.500", "0.250", "0.750"):
+        assert figure in text
+    assert text.rindex("boreal-ship-only") < text.rindex("stock-quorum")  # in the order of titles
+
+
+def test_a_failure_is_shown_and_the_rest_too() -> None:
+    failure = Failure(cell=CELL, system=SystemName.SHIP_ONLY, reason="a client aborted")
+    items: list[Outcome] = [measurement(SystemName.QUORUM, 1000), failure]
+    assert "failed" in rendered(items)
+    assert any("a client aborted" in note for note in report.notes(items, TITLES))
+    assert "a client aborted" in report.line(failure)
+
+
+def test_notes_tell_modes_and_noise() -> None:
+    noisy = measurement(SystemName.QUORUM, 1000, elsewhere_share=0.4)
+    text = "\n".join(report.notes([noisy], TITLES))
+    assert "ship only, a mode" in text
+    assert "40%" in text
+
+
+def test_json_holds_facts_and_figures(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "result.json"
+    report.write_json(report.as_json(outcomes(), {"machine": {"cores": 2}}), path)
+    read = json.loads(path.read_text())
+    assert read["machine"] == {"cores": 2}
+    peer, boreal = read["outcomes"]
+    assert (peer["system"], peer["clients"]) == ("stock-quorum", 16)
+    assert boreal["ratio_to_baseline"] == pytest.approx(1.5)
+    assert boreal["wal_bytes_per_transaction"] == 300
+    assert boreal["cpu_ms_per_transaction"] == {"backends": 0.5, "walsender": 0.25}
+    assert [file.name for file in path.parent.iterdir()] == ["result.json"]
+
+
+def test_json_of_a_load_without_a_transaction_is_still_json() -> None:
+    (record,) = json.loads(report.as_json([measurement(SystemName.QUORUM, 0, transactions=0)], {}))[
+        "outcomes"
+    ]
+    assert record["p99_ms"] is None
+    assert record["wal_bytes_per_transaction"] is None

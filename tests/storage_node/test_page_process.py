@@ -1,0 +1,143 @@
+"""Goal: the page process comes and goes without losing anything, and never outlives its parent.
+
+Method: the real process, killed with SIGKILL in the middle of its work.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from boreal.rpc import storage_pb2, storage_pb2_grpc
+from boreal.rpc.edge import fork_to_wire, open_channel, volume_ref
+from boreal.types import PAGE_BYTES, Fork, Lsn, RelationFork
+from boreal.waiting import wait_until
+from storage_node import page_process
+from storage_node.config import StorageConfig
+from storage_node.page_process import PageProcess
+from tests.storage_node.node_process import free_ports
+from tests.storage_node.page_volume_kit import (
+    EPOCH,
+    VOLUME,
+    WAIT_S,
+    append,
+    import_messages,
+    make_segment,
+    storage_config,
+    tell_vdl,
+)
+from tests.storage_node.recorded_run import RecordedRun
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> StorageConfig:
+    return storage_config(tmp_path, free_ports(1)[0])
+
+
+@contextmanager
+def _running(config: StorageConfig) -> Iterator[PageProcess]:
+    process = page_process.start(config)
+    try:
+        yield process
+    finally:
+        process.stop()
+
+
+@asynccontextmanager
+async def _client(config: StorageConfig) -> AsyncIterator[storage_pb2_grpc.StoragePagesAsyncStub]:
+    channel = open_channel(f"{config.host}:{config.pages_port}")
+    try:
+        yield storage_pb2_grpc.StoragePagesStub(channel)
+    finally:
+        await channel.close(None)
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    wait_until(condition, timeout_s=WAIT_S, otherwise=lambda: AssertionError("in vain"))
+
+
+async def _import(config: StorageConfig, run: RecordedRun) -> None:
+    async with _client(config) as stub:
+        await stub.ImportPages(import_messages(run), timeout=WAIT_S, wait_for_ready=True)
+
+
+async def test_killed_in_the_middle_of_its_work_it_continues(
+    config: StorageConfig, recorded_run: RecordedRun
+) -> None:
+    segment = make_segment(config, recorded_run)
+    last = recorded_run.snapshots[-1]
+    append(segment, recorded_run, last.lsn, recorded_run.import_lsn)
+    with _running(config) as process:
+        await _import(config, recorded_run)
+        tell_vdl(segment, last.lsn)
+        process.notify()
+        some = Lsn(recorded_run.import_lsn + (10 << 20))
+        _wait(lambda: segment.shared.indexed > some)
+        os.kill(process.pid, 9)
+        _wait(lambda: process.poll() is not None)
+    killed_at = segment.shared.indexed
+    fork = RelationFork(1663, 5, 1259, Fork.MAIN)
+    with _running(config):
+        _wait(lambda: segment.shared.indexed > killed_at)
+        async with _client(config) as stub:
+            request = storage_pb2.GetPagesRequest(
+                volume=volume_ref(VOLUME, EPOCH),
+                fork=fork_to_wire(fork),
+                count=len(last.files[fork]) // PAGE_BYTES,
+                lsn=last.lsn,
+            )
+            (images,) = [
+                images
+                async for images in stub.GetPages(request, timeout=WAIT_S, wait_for_ready=True)
+            ]
+    assert all(images.exists)
+    # Hint bits aside: tests/storage_node/test_materialize.py compares under masks.
+    assert len(images.pages) == len(last.files[fork])
+    for at in range(0, len(images.pages), PAGE_BYTES):
+        assert images.pages[at : at + 8] == last.files[fork][at : at + 8]
+    assert killed_at < last.lsn, "it was killed too late to prove anything"
+    segment.close()
+
+
+async def test_it_ends_when_asked(config: StorageConfig, recorded_run: RecordedRun) -> None:
+    segment = make_segment(config, recorded_run)
+    with _running(config) as process:
+        await _import(config, recorded_run)
+        assert process.poll() is None
+        process.stop()
+        assert process.poll() == 0
+        process.notify()
+    segment.close()
+
+
+_PARENT = """
+import os, sys
+from pathlib import Path
+from storage_node import page_process
+from tests.storage_node.page_volume_kit import storage_config
+process = page_process.start(storage_config(Path(sys.argv[1]), int(sys.argv[2])))
+print(process.pid, flush=True)
+sys.stdin.read()
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_it_dies_with_its_parent(config: StorageConfig) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _PARENT, str(config.data_dir), str(config.pages_port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.stdin.close()
+        parent.wait(WAIT_S)
+    _wait(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
