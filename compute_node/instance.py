@@ -15,6 +15,7 @@ import structlog
 
 from boreal.engine import Engine
 from boreal.errors import (
+    BadUsage,
     BorealError,
     Internal,
     ProcessFailed,
@@ -52,6 +53,7 @@ _BUNDLE_AGE_S = 30.0
 """... or after so long, if anything was written at all."""
 _FINAL_BUNDLE_S = 20.0
 _REPLAY_POLL_S = 0.01
+_CREATION_EPOCH = Epoch(1)
 
 
 class Instance:
@@ -182,6 +184,11 @@ class Instance:
             except QuorumUnavailable as error:
                 _log.warning("waiting for storage nodes", reason=error.message)
                 await asyncio.sleep(0.2)
+        if not view.materialize and view.lineage.last.epoch > _CREATION_EPOCH:
+            raise BadUsage(
+                "this volume was made with --ship-only, a mode of the bench: storage kept its log "
+                "but made no pages, so it cannot be served again. Use another --data-dir"
+            )
         self._fleet.follow_lineage(view.lineage.last.epoch)
         written = await bundle.restore(manifest, self._fleet, self._config.pgdata, self._engine)
         write_configuration(self._config, self._engine)
@@ -284,10 +291,10 @@ class Instance:
         former, ours = plan.lineage.timelines()[-2:]
         relief = asyncio.create_task(relieve())
         try:
-            # The former timeline has no more to give, but its end is how the walsender tells that
-            # PostgreSQL was promoted, and where.
+            # Nothing of the former timeline is ours to ship, but its end is how the walsender tells
+            # that PostgreSQL was promoted, and where.
             ended = await stream.stream(
-                slot=SLOT, start=plan.end, timeline=former.timeline, on_wal=on_wal
+                slot=SLOT, start=plan.end, timeline=former.timeline, on_wal=None
             )
             if (ended.next_timeline, ended.switch) != ours:
                 raise Internal(

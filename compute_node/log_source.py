@@ -25,6 +25,8 @@ class LogView:
     """The log as a read quorum of storage nodes tells of it."""
 
     system_identifier: int
+    materialize: bool
+    """Whether storage makes pages of this log."""
     lineage: Lineage
     holders: Mapping[NodeName, Lsn]
     """The SCLs of the nodes that follow the lineage: the only ones to read the log from."""
@@ -43,6 +45,7 @@ def view_log(positions: Mapping[NodeName, SegmentPosition]) -> LogView:
     states = {name: p.state for name, p in positions.items() if p.state.lineage == lineage}
     return LogView(
         system_identifier=newest.system_identifier,
+        materialize=newest.materialize,
         lineage=lineage,
         holders={name: state.scl for name, state in states.items()},
     )

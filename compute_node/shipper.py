@@ -38,6 +38,8 @@ __all__ = [
 WINDOW_BYTES = 64 * 1024 * 1024
 VDL_DELAY_S = 0.02
 """An idle writer tells the nodes its last VDL after this time; a busy one with the next batch."""
+GATHERING_S = 0.001
+"""What waits for company before it is sent waits so long at most (the event loop's resolution)."""
 
 _DEFAULT_TIMING = LinkTiming()
 
@@ -90,6 +92,7 @@ class Shipper:
         self._room = asyncio.Event()
         self._room.set()
         self._vdl_timer: asyncio.TimerHandle | None = None
+        self._patience: asyncio.TimerHandle | None = None
         self.set_members(members)
 
     async def run(self) -> NoReturn:
@@ -103,8 +106,9 @@ class Shipper:
                     task.cancel()
         finally:
             self._group = None
-            if self._vdl_timer is not None:
-                self._vdl_timer.cancel()
+            for timer in (self._vdl_timer, self._patience):
+                if timer is not None:
+                    timer.cancel()
         raise self._outbox.fenced or Internal("the links ended for no reason")
 
     def push(self, start: Lsn, data: bytes) -> None:
@@ -117,8 +121,7 @@ class Shipper:
         outbox.push(start, data)
         if outbox.full:
             self._room.clear()
-        for link in self._links.values():
-            link.kick()
+        self._begin_wave()
 
     @property
     def end(self) -> Lsn:
@@ -197,10 +200,22 @@ class Shipper:
 
     def _vdl_advanced(self, vdl: Lsn) -> None:
         self._on_vdl(vdl)
+        self._begin_wave()
         if self._outbox.roomy:
             self._room.set()
         if self._vdl_timer is None:
             self._tell_vdl_later()
+
+    def _begin_wave(self, *, patient: bool = True) -> None:
+        if self._outbox.begin_wave(patient=patient):
+            for link in self._links.values():
+                link.kick()
+        elif self._outbox.gathering and self._patience is None:
+            self._patience = asyncio.get_running_loop().call_later(GATHERING_S, self._lose_patience)
+
+    def _lose_patience(self) -> None:
+        self._patience = None
+        self._begin_wave(patient=False)
 
     def _tell_vdl_later(self) -> None:
         self._vdl_timer = asyncio.get_running_loop().call_later(

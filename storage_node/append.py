@@ -20,7 +20,7 @@ class AppendHandler:
     """Answers appends in order. What it acknowledges is durable."""
 
     def __init__(self, volumes: Volumes, on_advance: Callable[[], None]) -> None:
-        """`on_advance` is called after appends were made durable; it must not wait."""
+        """`on_advance` is called when there is more to make pages of; it must not wait."""
         self._volumes = volumes
         self._on_advance = on_advance
 
@@ -41,7 +41,7 @@ class AppendHandler:
             else:
                 result = outcome
             responses.append(_response(result))
-        if flushed:
+        if any(isinstance(outcome, Segment) and outcome.facts.materialize for outcome in taken):
             self._on_advance()
         return responses
 

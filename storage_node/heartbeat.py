@@ -17,7 +17,7 @@ from boreal.types import NodeName
 from storage_node.config import StorageConfig
 from storage_node.volumes import Volumes
 
-INTERVAL_SECONDS = 0.3
+INTERVAL_SECONDS = 0.5
 _TIMEOUT_SECONDS = 1.0
 
 _log = structlog.get_logger(__name__)

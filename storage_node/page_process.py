@@ -131,6 +131,7 @@ async def serve(config: StorageConfig, wake_ups: int, boot_id: str) -> None:
 
 
 async def _wake(volumes: PageVolumes, awake: asyncio.Event) -> None:
+    volumes.discover()
     while True:
         awake.clear()
         await volumes.wake()

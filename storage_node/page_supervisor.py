@@ -13,7 +13,8 @@ _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 10.0
 _HEALTHY_SECONDS = 30.0
 """One that lived so long did not fail at its start: begin with the short pause again."""
-_NOTIFY_DELAY_SECONDS = 0.002
+_NOTIFY_DELAY_SECONDS = 0.02
+"""The index may be a little behind: a reader that cannot wait wakes it by itself."""
 """Appends within it wake the page process once. Whoever waits for a page asks it directly."""
 
 _log = structlog.get_logger(__name__)

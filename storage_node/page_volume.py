@@ -215,7 +215,6 @@ class PageVolumes:
         self._tasks = tasks
         self._boot_id = boot_id
         self._open: dict[VolumeId, PageVolume] = {}
-        self._broken: set[VolumeId] = set()
 
     async def get(self, volume: str, epoch: Epoch) -> PageVolume:
         """The volume, opened if it is new here. UnknownVolume, StaleEpoch, CorruptData."""
@@ -231,23 +230,24 @@ class PageVolumes:
         return known
 
     async def wake(self) -> None:
-        """The log process says that something changed: look for new volumes, wake the others."""
-        for volume in [known for known in self._open.values() if known.gone]:
-            del self._open[volume.volume]
-            await volume.close()
+        """The log process says that something changed in a volume, or that one is dropped."""
+        for volume in list(self._open.values()):
+            if volume.shared.dropped:
+                del self._open[volume.volume]
+                await volume.close()
+            else:
+                volume.wake()
+
+    def discover(self) -> None:
+        """Open the volumes there are, so that their indexes go on. A new one is opened on use."""
         for path in self._config.volumes_dir.glob("[!.]*"):
             volume_id = VolumeId(path.name)
-            if volume_id in self._open or volume_id in self._broken:
-                continue
             try:
                 self._open_volume(volume_id, self._config.volume(volume_id))
             except UnknownVolume:
                 continue  # on its way in or out
             except (BorealError, OSError) as error:
-                self._broken.add(volume_id)  # said once; requests are told each time
                 _log.error("volume does not open", volume=volume_id, error=str(error))
-        for volume in self._open.values():
-            volume.wake()
 
     async def close(self) -> None:
         """Close all."""

@@ -209,9 +209,9 @@ class Segment:
         except OSError as error:
             self._staged = self.state
             raise disk_error(error) from error
-        self.state = self._staged
-        self._publish()
-        return self.state.scl
+        state = self.state = self._staged
+        self.shared.scl, self.shared.vdl = state.scl, state.vdl
+        return state.scl
 
     def fill(self, lineage: Lineage, at: Lsn, data: bytes, vdl: Lsn) -> Lsn:
         """Append bytes of a peer that follows `lineage`; durable on return. See catch_up_from."""

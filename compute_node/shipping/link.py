@@ -175,7 +175,7 @@ class StorageLink:
         if self._under_way is None and self.state is LinkState.STREAMING:
             if self._scl < self._window.start:
                 self._fell_behind.set()
-            elif self._scl < self._window.end:
+            elif self._scl < self._outbox.wave_end:
                 self._send(self._outbox.batch(self._scl))
 
     def tell_vdl(self) -> bool:

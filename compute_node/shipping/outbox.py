@@ -45,8 +45,14 @@ class Batch:
 class Outbox:
     """The log of one writer incarnation on its way out.
 
+    It leaves in waves: what arrives while a wave is under way waits until a write quorum has that,
+    and a wave that carried several arrivals lets as many gather again for the next. A commit waits
+    for the fourth node in any case; without waves the quick nodes would be sent, and would sync,
+    every commit by itself, and all six together keep a small machine busy with that.
+
     Invariants: the VDL grows only by the acknowledgements of a write quorum; what is above it is in
-    the window; once `fenced`, nothing goes in or out and the VDL stays.
+    the window; nothing is sent past `wave_end`, which never shrinks; once `fenced`, nothing goes in
+    or out and the VDL stays.
     """
 
     def __init__(
@@ -70,6 +76,9 @@ class Outbox:
         self._on_vdl = on_vdl
         self._header = storage_pb2.AppendRequest(volume=edge.volume_ref(volume, lineage.last.epoch))
         self._newest: Batch | None = None
+        self._wave_end = start
+        self._arrivals = 0
+        self._carried = 0
 
     @property
     def vdl(self) -> Lsn:
@@ -86,15 +95,34 @@ class Outbox:
         """Whether at most half of the window waits for a quorum."""
         return self.window.pending_bytes <= self._window_bytes // 2
 
+    @property
+    def wave_end(self) -> Lsn:
+        """Send up to here."""
+        return self._wave_end
+
+    @property
+    def gathering(self) -> bool:
+        """Whether something waits for no more than company."""
+        return self._wave_end <= self.vdl and self._wave_end < self.window.end
+
     def push(self, start: Lsn, data: bytes) -> None:
         """Take WAL. Raises StaleEpoch once fenced."""
         if self.fenced is not None:
             raise self.fenced
         self.window.push(start, data)
+        self._arrivals += 1
+
+    def begin_wave(self, *, patient: bool = True) -> bool:
+        """Let go what has gathered, if it is time; with `patient` false, however little it is."""
+        if not self.gathering or (patient and self._arrivals < self._carried):
+            return False
+        self._wave_end = self.window.end
+        self._carried, self._arrivals = self._arrivals, 0
+        return True
 
     def batch(self, at: Lsn) -> Batch:
         """What there is from `at` on, up to the limit of an append; at the end, the VDL alone."""
-        end = min(self.window.end, Lsn(at + MAX_APPEND_BYTES))
+        end = min(max(self._wave_end, at), Lsn(at + MAX_APPEND_BYTES))
         newest = self._newest
         if newest is not None and newest.start == at and newest.end == end and at < end:
             return newest

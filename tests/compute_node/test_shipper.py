@@ -389,6 +389,7 @@ def test_the_vdl_is_what_four_nodes_hold_and_each_is_sent_every_byte_once(
                 chunk = data.draw(st.binary(max_size=300))
                 outbox.push(outbox.window.end, chunk)
                 pushed += chunk
+                outbox.begin_wave(patient=data.draw(st.booleans()))
         elif name not in scls:
             outbox.adopted(name, START)
             scls[name] = START
@@ -401,6 +402,7 @@ def test_the_vdl_is_what_four_nodes_hold_and_each_is_sent_every_byte_once(
             logs[name] += request.data
             scls[name] = batch.end
             outbox.acked(name, batch.end)
+            assert batch.end <= max(outbox.wave_end, batch.start)
         held = sorted((*scls.values(), *[START] * 6), reverse=True)
         assert outbox.vdl == held[3]
         assert outbox.window.start <= outbox.vdl
@@ -419,10 +421,51 @@ def test_nodes_at_the_same_place_are_sent_the_same_object() -> None:
         on_vdl=lambda _: None,
     )
     outbox.push(START, b"abc")
+    assert outbox.begin_wave()
     first = outbox.batch(START)
     assert outbox.batch(START) is first
-    outbox.push(outbox.window.end, b"def")
-    assert outbox.batch(START) is not first
+
+
+def test_the_log_leaves_in_waves() -> None:
+    outbox = Outbox(
+        volume=VolumeId("v"),
+        lineage=LINEAGE,
+        start=START,
+        tracker=DurabilityTracker(SIX_WAY, START),
+        window_bytes=1000,
+        on_vdl=lambda _: None,
+    )
+    names = [NodeName(f"sn-{n}") for n in range(1, 5)]
+    for name in names:
+        outbox.adopted(name, START)
+
+    def push() -> None:
+        outbox.push(outbox.window.end, b"commit")
+
+    def all_acknowledge() -> None:
+        for name in names:
+            outbox.acked(name, outbox.wave_end)
+
+    push()
+    assert outbox.begin_wave(), "a first commit leaves at once"
+    push()
+    push()
+    assert not outbox.begin_wave(patient=False), "nothing passes a wave under way"
+    all_acknowledge()
+    assert outbox.begin_wave()
+    assert outbox.wave_end == outbox.window.end
+    push()
+    all_acknowledge()
+    assert outbox.gathering
+    assert not outbox.begin_wave(), "two came last time, so one waits for another"
+    push()
+    assert outbox.begin_wave(), "two are here"
+    push()
+    all_acknowledge()
+    assert outbox.begin_wave(patient=False), "it waited long enough"
+    all_acknowledge()
+    push()
+    assert outbox.begin_wave(), "one came last time"
 
 
 def test_a_fenced_outbox_takes_nothing_and_its_vdl_stays() -> None:
