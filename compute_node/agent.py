@@ -13,7 +13,7 @@ import structlog
 from boreal.engine import Engine
 from boreal.errors import BorealError, Internal, NotWriter
 from boreal.rpc import common_pb2, compute_pb2, control_pb2, control_pb2_grpc
-from boreal.rpc.edge import calling, open_channel
+from boreal.rpc.edge import calling, open_channel, volume_ref
 from boreal.types import Epoch, VolumeId
 from compute_node.config import ComputeConfig
 from compute_node.create_volume import create_volume
@@ -74,8 +74,8 @@ class Agent:
             heartbeat = group.create_task(self._keep_reporting(), name="heartbeat")
             lives = group.create_task(self._keep_living(), name="lives")
             await self._stopping.wait()
-            if self._instance is None:
-                lives.cancel()
+            if self._life.state not in {LifeState.READER, LifeState.WRITER}:
+                lives.cancel()  # what is under way may wait for storage nodes without end
             await asyncio.wait({lives})
             heartbeat.cancel()
 
@@ -126,7 +126,11 @@ class Agent:
             instance=self._config.name,
             incarnation=self._life.identity,
             state=compute_pb2.ComputeState.Value(self._life.state.name),
-            volume=self._order.volume,
+            volume=(
+                volume_ref(instance.fleet.volume, instance.fleet.epoch)
+                if instance
+                else self._order.volume
+            ),
             vdl=instance.vdl if instance else 0,
             flush_lsn=shipper.end if shipper else 0,
             replay_lsn=0,

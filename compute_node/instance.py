@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import structlog
@@ -50,9 +51,11 @@ _BUNDLE_CHECK_S = 1.0
 _BUNDLE_WAL_BYTES = 64 * 1024 * 1024
 """A bundle is taken after so much WAL: it bounds what a new compute node has to replay."""
 _BUNDLE_AGE_S = 30.0
-"""... or after so long, if anything was written at all."""
+_BUNDLE_LEAST_BYTES = 64 * 1024
+"""... or after so long, if there was so much: a bundle's own checkpoint is not worth another."""
 _FINAL_BUNDLE_S = 20.0
 _REPLAY_POLL_S = 0.01
+_RETRY_S = 0.2
 _CREATION_EPOCH = Epoch(1)
 
 
@@ -126,7 +129,7 @@ class Instance:
 
     # --- its life ------------------------------------------------------------------------------
 
-    async def run(self, write_order: Callable[[], Awaitable[Epoch]]) -> None:
+    async def run(self, write_order: Callable[[], Coroutine[Any, Any, Epoch]]) -> None:
         """Live. `write_order` returns once the control plane made this instance the writer."""
         self._life.become(LifeState.RESTORING, "ordered to serve the volume")
         await end_leftover(self._config)
@@ -141,7 +144,7 @@ class Instance:
             await self._postgres.stop(signal.SIGQUIT)
 
     async def _serve(
-        self, group: asyncio.TaskGroup, write_order: Callable[[], Awaitable[Epoch]]
+        self, group: asyncio.TaskGroup, write_order: Callable[[], Coroutine[Any, Any, Epoch]]
     ) -> None:
         source = await self._restore()
         feed = await Feed.start(
@@ -153,21 +156,19 @@ class Instance:
             account=self._engine.account,
             on_fenced=self._on_fenced,
         )
-        helpers = [
-            group.create_task(self._watch_fence(), name="fence"),
-        ]
+        helpers: list[asyncio.Task[Any]] = [group.create_task(self._watch_fence(), name="fence")]
         try:
             self._postgres.start()
             helpers.append(group.create_task(self._watch_postgres(), name="watch"))
             await self._postgres.wait_ready()
             self._life.become(LifeState.READER, "PostgreSQL is consistent")
-            order = asyncio.ensure_future(write_order())
-            stop = asyncio.ensure_future(self._stop_requested.wait())
+            order = group.create_task(write_order(), name="write order")
+            stop = group.create_task(self._stop_requested.wait(), name="stop")
+            helpers += [order, stop]
             await asyncio.wait({order, stop}, return_when=asyncio.FIRST_COMPLETED)
             if order.done():
                 helpers += await self._become_writer(group, source, pages, order.result())
                 await stop
-            order.cancel()
             await self._end()
         finally:
             for task in helpers:
@@ -183,7 +184,7 @@ class Instance:
                 break
             except QuorumUnavailable as error:
                 _log.warning("waiting for storage nodes", reason=error.message)
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(_RETRY_S)
         if not view.materialize and view.lineage.last.epoch > _CREATION_EPOCH:
             raise BadUsage(
                 "this volume was made with --ship-only, a mode of the bench: storage kept its log "
@@ -216,8 +217,7 @@ class Instance:
             raise ProcessFailed(f"PostgreSQL ended by itself with exit code {code}")
 
     async def _end(self) -> None:
-        was_writer = self._life.state is LifeState.WRITER
-        if was_writer:
+        if self._life.state is LifeState.WRITER:
             try:
                 async with asyncio.timeout(_FINAL_BUNDLE_S):
                     await self.take_bundle()
@@ -320,12 +320,14 @@ class Instance:
         clock = asyncio.get_running_loop().time
         while True:
             written = self.shipper.vdl - last_end
-            if written >= _BUNDLE_WAL_BYTES or (written and clock() - last_at >= _BUNDLE_AGE_S):
+            aged = clock() - last_at >= _BUNDLE_AGE_S
+            if written >= _BUNDLE_WAL_BYTES or (aged and written >= _BUNDLE_LEAST_BYTES):
                 try:
                     await self.take_bundle()
-                except (QuorumUnavailable, psycopg.Error) as error:
+                except StaleEpoch:
+                    raise
+                except (BorealError, psycopg.Error) as error:
                     _log.warning("no bundle this time", reason=str(error))
-                # Taking one writes some WAL itself: what counts is what comes after.
                 last_end, last_at = self.shipper.vdl, clock()
             await asyncio.sleep(_BUNDLE_CHECK_S)
 
@@ -336,6 +338,11 @@ class Instance:
         async with self._bundling:
             async with self._postgres.connect() as connection:
                 taken = await bundle.take(connection, self._config.pgdata, self.timeline)
+            if taken.end > self.shipper.vdl:
+                raise Internal(
+                    f"a bundle up to {format_lsn(taken.end)} was to be stored, but the log is only "
+                    f"durable up to {format_lsn(self.shipper.vdl)}"
+                )
             put = await taken.store(self._fleet)
             self._bundle_end = taken.end
             _log.info(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -28,6 +29,8 @@ have them but hash: under concurrency stock 16.14 writes hash records with a wro
 
 _READY_TIMEOUT_S = 120
 _READY_POLL_S = 0.01
+_STATUS_LINE = 7
+_IPC_RMID = 0
 _STOP_TIMEOUT_S = 60
 
 
@@ -63,7 +66,9 @@ def _settings(config: ComputeConfig) -> dict[str, str]:
         # Bundles take the checkpoints that bound recovery; these would only repeat the work.
         "checkpoint_timeout": "30min",
         "max_wal_size": "4GB",
-        "dynamic_shared_memory_type": "posix",
+        # In PGDATA, which is made anew at every start: a PostgreSQL that was killed would leave
+        # its segments in /dev/shm for ever.
+        "dynamic_shared_memory_type": "mmap",
         "logging_collector": "off",
         "log_line_prefix": "%m [%p] %b ",
         "cluster_name": config.name,
@@ -112,25 +117,38 @@ def prepare_directories(config: ComputeConfig, engine: Engine) -> None:
 
 
 async def end_leftover(config: ComputeConfig) -> None:
-    """End a PostgreSQL that a killed agent left behind in our PGDATA.
+    """End a PostgreSQL that a killed agent left behind in our PGDATA, and what it held.
 
     The kernel tells it to quit when its agent dies (the shim asks for that); this waits for it to
     be gone, so that nobody writes into the directory about to be rebuilt.
     """
-    pid_file = config.pgdata / "postmaster.pid"
-    if not pid_file.exists():
+    try:
+        lines = (config.pgdata / "postmaster.pid").read_text().splitlines()
+    except FileNotFoundError:
         return
-    first = pid_file.read_text().partition("\n")[0].strip()
-    with contextlib.suppress(psutil.NoSuchProcess, ValueError):
-        postmaster = psutil.Process(int(first))
-        if postmaster.name() != "postgres" or str(config.pgdata) not in postmaster.cmdline():
-            return
-        family = [postmaster, *postmaster.children(recursive=True)]
-        _log.warning("ending the PostgreSQL a former agent left behind", pid=postmaster.pid)
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        await asyncio.to_thread(psutil.wait_procs, family, timeout=10)
+    with contextlib.suppress(psutil.NoSuchProcess, ValueError, IndexError):
+        postmaster = psutil.Process(int(lines[0]))
+        if postmaster.name() == "postgres" and str(config.pgdata) in postmaster.cmdline():
+            family = [postmaster, *postmaster.children(recursive=True)]
+            _log.warning("ending the PostgreSQL a former agent left behind", pid=postmaster.pid)
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            await asyncio.to_thread(psutil.wait_procs, family, timeout=10)
+    _remove_shared_memory(lines[0])
+
+
+def _remove_shared_memory(postmaster_pid: str) -> None:
+    """Remove the System V segment of a postmaster that was killed.
+
+    PostgreSQL would find it again by its data directory's inode, and that is new at every start
+    here. Columns of /proc/sysvipc/shm, see proc(5): key shmid perms size cpid lpid nattch ...
+    """
+    for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]:
+        words = line.split()
+        identifier, creator, attached = words[1], words[4], words[6]
+        if creator == postmaster_pid.strip() and attached == "0":
+            ctypes.CDLL(None, use_errno=True).shmctl(int(identifier), _IPC_RMID, None)
 
 
 class Postgres:
@@ -230,8 +248,7 @@ class Postgres:
             lines = (self._config.pgdata / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:
             return False
-        # The eighth line is the postmaster's status, see utils/pidfile.h.
-        return len(lines) >= 8 and lines[7].strip() == "ready"
+        return len(lines) > _STATUS_LINE and lines[_STATUS_LINE].strip() == "ready"
 
     async def promote(self) -> None:
         """End recovery; returns when PostgreSQL accepts writes."""
@@ -254,8 +271,9 @@ async def query_lsn(connection: psycopg.AsyncConnection[tuple[object, ...]], que
 async def make_durable(connection: psycopg.AsyncConnection[tuple[object, ...]]) -> Lsn:
     """Return a record's end, once everything up to it is on a write quorum."""
     end = await query_lsn(connection, "select pg_current_wal_insert_lsn()")
-    # A commit waits for the quorum; it is written after `end`.
-    await connection.execute("select pg_current_xact_id()")
+    # A commit that is written after `end` and waits for the quorum. Without WAL before its commit
+    # record it would not wait (RecordTransactionCommit, access/transam/xact.c); hence the message.
+    await connection.execute("select pg_logical_emit_message(true, 'boreal', 'durable')")
     return end
 
 

@@ -39,7 +39,7 @@ WINDOW_BYTES = 64 * 1024 * 1024
 VDL_DELAY_S = 0.02
 """An idle writer tells the nodes its last VDL after this time; a busy one with the next batch."""
 GATHERING_S = 0.001
-"""What waits for company before it is sent waits so long at most (the event loop's resolution)."""
+"""So long a wave gathers after one that was crowded (the resolution of the loop's timers)."""
 
 _DEFAULT_TIMING = LinkTiming()
 

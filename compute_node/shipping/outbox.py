@@ -46,9 +46,9 @@ class Outbox:
     """The log of one writer incarnation on its way out.
 
     It leaves in waves: what arrives while a wave is under way waits until a write quorum has that,
-    and a wave that carried several arrivals lets as many gather again for the next. A commit waits
-    for the fourth node in any case; without waves the quick nodes would be sent, and would sync,
-    every commit by itself, and all six together keep a small machine busy with that.
+    and after a wave that carried several arrivals the next one gathers for a moment more. A commit
+    waits for the fourth node in any case; without waves the quick nodes would be sent, and would
+    sync, every commit by itself, and all six together keep a small machine busy with that.
 
     Invariants: the VDL grows only by the acknowledgements of a write quorum; what is above it is in
     the window; nothing is sent past `wave_end`, which never shrinks; once `fenced`, nothing goes in
@@ -113,8 +113,8 @@ class Outbox:
         self._arrivals += 1
 
     def begin_wave(self, *, patient: bool = True) -> bool:
-        """Let go what has gathered, if it is time; with `patient` false, however little it is."""
-        if not self.gathering or (patient and self._arrivals < self._carried):
+        """Let go what has gathered, at once if there was no crowd; else only if not `patient`."""
+        if not self.gathering or (patient and self._carried > 1):
             return False
         self._wave_end = self.window.end
         self._carried, self._arrivals = self._arrivals, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -18,8 +19,10 @@ from typing import Any, Self, TypeVar
 import psutil
 import psycopg
 
-from boreal.cluster import free_ports
+from boreal import cluster
 from boreal.engine import find_engine
+from boreal.rpc import compute_pb2, compute_pb2_grpc
+from boreal.rpc.edge import calling, open_channel
 
 BOREAL = str(Path(sys.executable).with_name("boreal"))
 _T = TypeVar("_T")
@@ -31,7 +34,7 @@ class LocalCluster:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.port = free_ports(1)[0]
+        self.port = cluster.free_ports(1)[0]
 
     def boreal(self, *arguments: str, timeout_s: float = 120, check: bool = True) -> str:
         """Run one `boreal` command on this cluster; return what it printed."""
@@ -84,6 +87,19 @@ class LocalCluster:
         record = json.loads((self.directory / "run" / f"{name}.json").read_text())
         return int(record["pid"])
 
+    def take_bundle(self) -> int:
+        """Have the writer take a bundle; return the LSN it is consistent at."""
+
+        async def ask() -> int:
+            config = cluster.load(self.directory)
+            async with open_channel(config.agent_address) as channel:
+                stub = compute_pb2_grpc.ComputeStub(channel)
+                with calling("db-1", "TakeBundle"):
+                    taken = await stub.TakeBundle(compute_pb2.TakeBundleRequest(), timeout=60)
+            return taken.end_lsn
+
+        return asyncio.run(ask())
+
     def kill_pid(self, pid: int, name: str) -> None:
         """SIGKILL one process of the cluster, after a look that it is the one meant."""
         process = psutil.Process(pid)
@@ -108,13 +124,13 @@ def local_cluster() -> Iterator[LocalCluster]:
     """A running cluster, gone without a trace afterwards."""
     directory = Path(tempfile.mkdtemp(prefix="boreal-test-", dir="/var/tmp"))
     directory.chmod(0o755)  # PostgreSQL's account must get in
-    cluster = LocalCluster(directory)
+    running = LocalCluster(directory)
     try:
-        cluster.up()
-        yield cluster
+        running.up()
+        yield running
     finally:
         try:
-            cluster.boreal("down", timeout_s=180)
+            running.boreal("down", timeout_s=180)
         finally:
             shutil.rmtree(directory)
 

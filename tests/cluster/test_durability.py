@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from boreal.types import parse_lsn
 from tests.cluster.local import NODES, LocalCluster, RecordingClient, check_ledgers, until
 
 pytestmark = pytest.mark.timeout(240)
@@ -125,3 +126,23 @@ def test_commits_wait_for_a_quorum_and_reads_go_on(cluster: LocalCluster) -> Non
 
 def test_verify_finds_nothing(cluster: LocalCluster) -> None:
     assert " 0  pages differ" in cluster.boreal("verify")
+
+
+def test_a_bundle_waits_for_the_log_it_stands_on(cluster: LocalCluster) -> None:
+    """Found by restarting the compute node in the middle of a large load: a bundle had been stored
+    whose log no quorum had, and nothing could be restored from it."""
+    before = cluster.status()
+    with ThreadPoolExecutor() as threads, cluster.connect() as writer:
+        for node in ("sn-1", "sn-3", "sn-5"):
+            cluster.boreal("pause", node)
+        commit = threads.submit(writer.execute, "insert into ledger values ('bundle', 1)")
+        with pytest.raises(TimeoutError):
+            commit.result(timeout=1)
+        bundle = threads.submit(cluster.take_bundle)
+        with pytest.raises(TimeoutError):
+            bundle.result(timeout=2)
+        for node in ("sn-1", "sn-3", "sn-5"):
+            cluster.boreal("resume", node)
+        commit.result(timeout=10)
+        end = bundle.result(timeout=10)
+    assert parse_lsn(before["volume"]["vdl"]) < end <= parse_lsn(cluster.status()["volume"]["vdl"])
