@@ -13,6 +13,7 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) ..."
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@command -v cc >/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[compiler]'
 	@touch $@
 
 up: setup          ## start a cluster (ARGS="--port N --data-dir DIR")

@@ -19,6 +19,7 @@ import structlog
 from boreal.engine import Engine
 from boreal.errors import ProcessFailed
 from boreal.types import Lsn, parse_lsn
+from compute_node import shim
 from compute_node.config import ADMIN, DATABASE, MASTER, SHIPPER_NAME, ComputeConfig
 
 _log = structlog.get_logger(__name__)
@@ -157,10 +158,10 @@ class Postgres:
     Started by `start`, ended by `stop` or by itself; `exited` waits for either.
     """
 
-    def __init__(self, config: ComputeConfig, engine: Engine, shim: Path) -> None:
+    def __init__(self, config: ComputeConfig, engine: Engine, library: Path) -> None:
         self._config = config
         self._engine = engine
-        self._shim = shim
+        self._shim = library
         self._process: subprocess.Popen[bytes] | None = None
         self._exited = asyncio.Event()
 
@@ -172,11 +173,7 @@ class Postgres:
     def start(self) -> None:
         """Start the postmaster. It reads pages through the shim from its first instruction."""
         environment = self._engine.environment(
-            {
-                "LD_PRELOAD": str(self._shim),
-                "BOREAL_PAGE_SOCKET": str(self._config.page_socket),
-                "BOREAL_PARENT_PID": str(os.getpid()),
-            }
+            shim.environment(self._shim, self._config.page_socket)
         )
         # Not through the event loop: uvloop cannot start a child as another account.
         self._process = subprocess.Popen(

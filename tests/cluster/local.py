@@ -20,7 +20,7 @@ import psutil
 import psycopg
 
 from boreal import cluster
-from boreal.engine import find_engine
+from boreal.engine import Engine, find_engine
 from boreal.rpc import compute_pb2, compute_pb2_grpc
 from boreal.rpc.edge import calling, open_channel
 
@@ -82,6 +82,11 @@ class LocalCluster:
         except psycopg.OperationalError:
             return None
 
+    @property
+    def engine(self) -> Engine:
+        """The PostgreSQL it runs."""
+        return find_engine(self.directory / "db-1" / "engine")
+
     def pid(self, name: str) -> int:
         """The pid of a process of the cluster."""
         record = json.loads((self.directory / "run" / f"{name}.json").read_text())
@@ -109,9 +114,8 @@ class LocalCluster:
 
     def pgbench(self, *arguments: str) -> subprocess.Popen[str]:
         """Start pgbench against the cluster."""
-        engine = find_engine(self.directory / "db-1" / "engine")
         return subprocess.Popen(
-            [str(engine.tool("pgbench")), *arguments, self.dsn],
+            [str(self.engine.tool("pgbench")), *arguments, self.dsn],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
