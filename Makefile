@@ -1,11 +1,12 @@
 # Boreal's entry points. Each does the set-up it needs: a fresh machine wants only Python 3.11, its
 # venv module and make.
 PYTHON ?= python3
+SEEDS  ?= 1,2,3,4,5,6,7,8,9,10
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup up down test check format bench proto clean
+.PHONY: setup up down test chaos check format bench proto clean
 
 setup: $(STAMP)
 
@@ -35,6 +36,9 @@ check: setup       ## format, lint, types, imports, stubs
 format: setup      ## let ruff put the code into shape
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/ruff check --quiet --fix .
+
+chaos: setup       ## many seeds of random failures (SEEDS=1,2,3)
+	@BOREAL_CHAOS_SEEDS=$(SEEDS) $(BIN)/python -m pytest tests/cluster/test_chaos.py -q -s
 
 bench: setup       ## side by side with stock PostgreSQL (ARGS="--seconds 10")
 	@$(BIN)/python -m bench $(ARGS)

@@ -109,8 +109,9 @@ def _write(path: Path, text: str, engine: Engine) -> None:
 
 
 def prepare_directories(config: ComputeConfig, engine: Engine) -> None:
-    """Make the directories PostgreSQL's account must get into. PGDATA starts empty, always."""
+    """Make the directories PostgreSQL's account must get into, empty."""
     shutil.rmtree(config.pgdata, ignore_errors=True)
+    shutil.rmtree(config.run_dir, ignore_errors=True)
     for path in (config.pgdata, config.run_dir, config.feed_dir):
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(0o700)
@@ -190,6 +191,8 @@ class Postgres:
     def _on_exit(self, descriptor: int) -> None:
         asyncio.get_running_loop().remove_reader(descriptor)
         os.close(descriptor)
+        if self._process is not None:
+            self._process.wait()  # reaps it: a zombie's lock files count as a living postmaster's
         self._exited.set()
 
     async def exited(self) -> int:
