@@ -160,6 +160,7 @@ def _may_run(home: Path, account: Account) -> bool:
 def _copy(home: Path, copy: Path) -> None:
     copy.parent.mkdir(parents=True, exist_ok=True)
     scratch = copy.with_name(f"{copy.name}.{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a killed process that had our pid
     for part in ("bin", "lib", "share"):
         shutil.copytree(home / part, scratch / part, symlinks=True)
     for path in (scratch, *scratch.rglob("*")):

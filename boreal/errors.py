@@ -13,6 +13,7 @@
     │   ├── MalformedRequest       not decodable, or out of the contract's range
     │   ├── NoBundle               no bundle at or below the asked LSN
     │   ├── NotWriter              asked of an instance that is not the writer
+    │   ├── NotNow                 the moment does not allow it; a later one will
     │   └── BadUsage               a command was given something that can't work; says what would
     ├── Failed                   it was tried and did not happen
     │   ├── CorruptData            a checksum or structure does not hold; never served
@@ -120,6 +121,12 @@ class NoBundle(Refused):
 
 class NotWriter(Refused):
     """Only the writer does this."""
+
+
+class NotNow(Refused):
+    """What goes on at this moment does not allow it."""
+
+    retryable = True
 
 
 class BadUsage(Refused):

@@ -74,6 +74,16 @@ def parse_lsn(text: str) -> Lsn:
     return Lsn(int(high, 16) << 32 | int(low, 16))
 
 
+def record_end_before(insert: int) -> Lsn:
+    """The end of the last record, from PostgreSQL's insert position.
+
+    That position is where the next record begins: behind the page's header if the last record ended
+    exactly with its page (XLogBytePosToRecPtr, xlog.c; the header sizes are xlog_internal.h's).
+    """
+    header = 40 if insert % WAL_SEGMENT_BYTES < PAGE_BYTES else 24
+    return Lsn(insert - header if insert % PAGE_BYTES == header else insert)
+
+
 def wal_segment_start(lsn: int) -> Lsn:
     """The first byte of the WAL segment that holds `lsn`."""
     return Lsn(lsn - lsn % WAL_SEGMENT_BYTES)

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import SubprocessError
 
 import psycopg
 import structlog
@@ -157,7 +158,7 @@ class Agent:
             try:
                 await self._live()
                 backoff_s = _FIRST_BACKOFF_S
-            except (BorealError, OSError, psycopg.Error) as error:
+            except (BorealError, OSError, SubprocessError, psycopg.Error) as error:
                 _log.error("this life ended", reason=str(error), kind=type(error).__name__)
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)

@@ -21,17 +21,23 @@ from boreal.engine import Engine
 from boreal.errors import CorruptData
 from boreal.types import (
     PAGE_BYTES,
+    WAL_SEGMENT_BYTES,
     Fork,
     Lsn,
     RelationFork,
     Timeline,
+    wal_file_name,
+    wal_segment_start,
 )
+from boreal.wal import Rmgr, WalDecoder
 from compute_node import control_file, pgdata
 from compute_node.fleet import BundlePut, Fleet
 from compute_node.postgres import make_durable
 from compute_node.storage_client import BundleFile, BundleManifest
 
 _FETCHES_AT_ONCE = 16
+_RUNNING_XACTS = 0x10
+_OVERFLOW_AT = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +127,26 @@ async def take(
     )
     others = (file for file in files if file.path != control_file.PATH)
     return Bundle(redo=redo, end=end, timeline=timeline, files=(*others, standby))
+
+
+def would_wait(path: Path, redo: Lsn, end: Lsn, timeline: Timeline) -> bool:
+    """Whether a standby that replays [redo, end) has to wait for more before it can be read.
+
+    So it is if the last list of running transactions in there lacks some of their subtransactions
+    (xl_running_xacts, standbydefs.h; ProcArrayApplyRecoveryInfo, procarray.c). A crash may be all
+    that follows, so such a moment makes no bundle.
+    """
+    wal = bytearray()
+    segment = wal_segment_start(redo)
+    while segment < end:
+        wal += (path / "pg_wal" / wal_file_name(timeline, segment)).read_bytes()
+        segment = Lsn(segment + WAL_SEGMENT_BYTES)
+    base = wal_segment_start(redo)
+    overflowed = False
+    for record in WalDecoder(redo).feed(bytes(wal[redo - base : end - base])):
+        if record.rmgr == Rmgr.STANDBY and record.info == _RUNNING_XACTS:
+            overflowed = record.main_data[_OVERFLOW_AT] != 0
+    return overflowed
 
 
 async def restore(manifest: BundleManifest, fleet: Fleet, path: Path, engine: Engine) -> int:

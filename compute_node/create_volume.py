@@ -19,7 +19,7 @@ from pathlib import Path
 import structlog
 
 from boreal.engine import Engine
-from boreal.errors import CorruptWal, ProcessFailed
+from boreal.errors import CorruptWal, ProcessFailed, QuorumUnavailable
 from boreal.frames import MAX_APPEND_BYTES
 from boreal.quorum import DurabilityTracker, Lineage, QuorumRule
 from boreal.rpc import control_pb2
@@ -41,7 +41,7 @@ from compute_node import pgdata
 from compute_node.bundle import Bundle, collect_files
 from compute_node.config import ADMIN, DATABASE, ComputeConfig
 from compute_node.fleet import Fleet
-from compute_node.postgres import create_roles_sql
+from compute_node.postgres import create_roles_sql, refuse_hash_indexes_sql
 from compute_node.shipper import Shipper, storage_addresses
 from compute_node.storage_client import MAX_IMPORT_PAGES, PageRun
 
@@ -81,7 +81,10 @@ def make_cluster(config: ComputeConfig, engine: Engine) -> FreshCluster:
         "--no-sync",
         "--no-instructions",
     )
-    _run_single_user(engine, path, create_roles_sql(config.master_password))
+    _run_single_user(engine, path, DATABASE, create_roles_sql(config.master_password))
+    if not config.ship_only:
+        for database in ("template0", "template1", DATABASE):
+            _run_single_user(engine, path, database, refuse_hash_indexes_sql())
     control = engine.run("pg_controldata", str(path))
     checkpoint = parse_lsn(_field(control, "Latest checkpoint location"))
     start = wal_segment_start(checkpoint)
@@ -98,11 +101,11 @@ def make_cluster(config: ComputeConfig, engine: Engine) -> FreshCluster:
     )
 
 
-def _run_single_user(engine: Engine, path: Path, statements: str) -> None:
+def _run_single_user(engine: Engine, path: Path, database: str, statements: str) -> None:
     done = subprocess.run(
         [
             *(str(engine.tool("postgres")), "--single", "-D", str(path)),
-            *("-c", "fsync=off", "-c", "exit_on_error=true", "-c", "log_checkpoints=off", DATABASE),
+            *("-c", "fsync=off", "-c", "exit_on_error=true", "-c", "log_checkpoints=off", database),
         ],
         input=statements,
         env=engine.environment(),
@@ -114,7 +117,7 @@ def _run_single_user(engine: Engine, path: Path, statements: str) -> None:
         **engine.account.popen_arguments(),
     )
     if done.returncode != 0:
-        raise ProcessFailed(f"could not make the roles: {done.stderr.strip()[-2000:]}")
+        raise ProcessFailed(f"could not prepare {database}: {done.stderr.strip()[-2000:]}")
 
 
 def _field(controldata: str, name: str) -> str:
@@ -200,9 +203,21 @@ async def _ship(
         members=storage_addresses(members),
         on_vdl=on_vdl,
     )
-    async with asyncio.timeout(_SHIP_TIMEOUT_S), asyncio.TaskGroup() as group:
-        shipping = group.create_task(shipper.run())
+    shipping = asyncio.create_task(shipper.run())
+    waiting = asyncio.create_task(durable.wait())
+    try:
         for at in range(0, len(wal), MAX_APPEND_BYTES):
             shipper.push(Lsn(start + at), wal[at : at + MAX_APPEND_BYTES])
-        await durable.wait()
+        done, _ = await asyncio.wait(
+            {shipping, waiting}, timeout=_SHIP_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        if shipping in done:
+            shipping.result()  # raises what ended it
+        if waiting not in done:
+            raise QuorumUnavailable(
+                f"not every storage node has the first log after {_SHIP_TIMEOUT_S} s"
+            )
+    finally:
         shipping.cancel()
+        waiting.cancel()
+        await asyncio.wait({shipping, waiting})

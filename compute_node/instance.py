@@ -19,6 +19,7 @@ from boreal.errors import (
     BadUsage,
     BorealError,
     Internal,
+    NotNow,
     ProcessFailed,
     QuorumUnavailable,
     StaleEpoch,
@@ -166,7 +167,7 @@ class Instance:
             stop = group.create_task(self._stop_requested.wait(), name="stop")
             helpers += [order, stop]
             await asyncio.wait({order, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if order.done():
+            if order.done() and not stop.done():
                 helpers += await self._become_writer(group, source, pages, order.result())
                 await stop
             await self._end()
@@ -338,6 +339,13 @@ class Instance:
         async with self._bundling:
             async with self._postgres.connect() as connection:
                 taken = await bundle.take(connection, self._config.pgdata, self.timeline)
+            if await asyncio.to_thread(
+                bundle.would_wait, self._config.pgdata, taken.redo, taken.end, self.timeline
+            ):
+                raise NotNow(
+                    "a transaction has more than 64 subtransactions open; a compute node restored "
+                    "from this moment could not serve until it ends"
+                )
             if taken.end > self.shipper.vdl:
                 raise Internal(
                     f"a bundle up to {format_lsn(taken.end)} was to be stored, but the log is only "

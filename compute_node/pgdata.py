@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from boreal.errors import Internal
 from boreal.types import RELATION_SEGMENT_BLOCKS, Fork, RelationFork
 
 DEFAULT_TABLESPACE = 1663
@@ -30,11 +31,12 @@ _EMPTIED = frozenset(
 )
 _SKIPPED = frozenset(
     {
-        *("postmaster.pid", "postmaster.opts", "current_logfiles", "pg_internal.init"),
+        *("postmaster.pid", "postmaster.opts", "current_logfiles"),
         *("backup_label", "tablespace_map", "standby.signal", "recovery.signal"),
         *("postgresql.conf", "postgresql.auto.conf", "pg_hba.conf", "pg_ident.conf"),
     }
 )
+_PREFIXES = ("pgsql_tmp", "pg_internal.init")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +70,9 @@ def parse_relation_path(path: str) -> RelationFile | None:
 
 
 def relation_path(fork: RelationFork, segment: int) -> str:
-    """Where a segment file of a fork lies below PGDATA."""
+    """Where a segment file of a fork lies below PGDATA. Internal for another tablespace's."""
+    if fork.tablespace not in {DEFAULT_TABLESPACE, GLOBAL_TABLESPACE}:
+        raise Internal(f"{fork} lies in a tablespace of its own; there are none here")
     directory = f"base/{fork.database}" if fork.tablespace == DEFAULT_TABLESPACE else "global"
     name = f"{directory}/{fork.relation}{fork.fork.suffix}"
     return f"{name}.{segment}" if segment else name
@@ -101,7 +105,7 @@ def bundle_paths(pgdata: Path) -> Iterator[tuple[str, bool]]:
     extend every table it inserts into.
     """
     for directory, subdirectories, files in os.walk(pgdata):
-        subdirectories.sort()
+        subdirectories[:] = sorted(d for d in subdirectories if not d.startswith("pgsql_tmp"))
         relative = os.path.relpath(directory, pgdata)
         if relative != ".":
             yield relative, True
@@ -111,7 +115,7 @@ def bundle_paths(pgdata: Path) -> Iterator[tuple[str, bool]]:
             continue
         for name in sorted(files):
             path = name if relative == "." else f"{relative}/{name}"
-            if name in _SKIPPED or _TEMPORARY.fullmatch(name) or name.startswith("pgsql_tmp"):
+            if name in _SKIPPED or _TEMPORARY.fullmatch(name) or name.startswith(_PREFIXES):
                 continue
             relation = parse_relation_path(path)
             if relation is None or relation.fork.fork is Fork.FSM:

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import structlog
 
 from boreal.engine import Engine
 from boreal.errors import ProcessFailed
-from boreal.types import Lsn, parse_lsn
+from boreal.types import Lsn, parse_lsn, record_end_before
 from compute_node import shim
 from compute_node.config import ADMIN, DATABASE, MASTER, SHIPPER_NAME, ComputeConfig
 
@@ -236,11 +237,15 @@ class Postgres:
 
     async def wait_ready(self) -> None:
         """Wait until it takes connections (a hot standby: until it is consistent)."""
-        async with asyncio.timeout(_READY_TIMEOUT_S):
-            while not self._ready():
-                if self._exited.is_set():
-                    raise ProcessFailed("PostgreSQL ended while starting; its log says why")
-                await asyncio.sleep(_READY_POLL_S)
+        deadline = time.monotonic() + _READY_TIMEOUT_S
+        while not self._ready():
+            if self._exited.is_set():
+                raise ProcessFailed("PostgreSQL ended while starting; its log says why")
+            if time.monotonic() > deadline:
+                raise ProcessFailed(
+                    f"PostgreSQL takes no connections {_READY_TIMEOUT_S} s after its start"
+                )
+            await asyncio.sleep(_READY_POLL_S)
 
     def _ready(self) -> bool:
         """Whether its pid file says so; asking by connecting would fill its log with refusals."""
@@ -270,11 +275,42 @@ async def query_lsn(connection: psycopg.AsyncConnection[tuple[object, ...]], que
 
 async def make_durable(connection: psycopg.AsyncConnection[tuple[object, ...]]) -> Lsn:
     """Return a record's end, once everything up to it is on a write quorum."""
-    end = await query_lsn(connection, "select pg_current_wal_insert_lsn()")
+    end = record_end_before(await query_lsn(connection, "select pg_current_wal_insert_lsn()"))
     # A commit that is written after `end` and waits for the quorum. Without WAL before its commit
     # record it would not wait (RecordTransactionCommit, access/transam/xact.c); hence the message.
     await connection.execute("select pg_logical_emit_message(true, 'boreal', 'durable')")
     return end
+
+
+_HASH_INDEXES = 405
+"""HASH_AM_OID, pg_am.dat."""
+
+
+def refuse_hash_indexes_sql() -> str:
+    """The statements that keep hash indexes out of a database. One statement a line.
+
+    Their records carry no after-images, so storage cannot make their pages yet; and PostgreSQL's
+    startup process would need those to replay the next change, so that one such index would keep
+    every later compute node from starting.
+    """
+    return "\n".join(
+        [
+            "create schema boreal_internal;",
+            (
+                "create function boreal_internal.refuse_hash_indexes() returns event_trigger"
+                " language plpgsql as $$ begin"
+                f" if exists (select from pg_catalog.pg_class where relam = {_HASH_INDEXES}) then"
+                " raise exception 'hash indexes are not supported yet'"
+                " using errcode = 'feature_not_supported', hint = 'Use a btree index.';"
+                " end if; end $$;"
+            ),
+            (
+                "create event trigger boreal_no_hash_indexes on ddl_command_end"
+                " execute function boreal_internal.refuse_hash_indexes();"
+            ),
+            "",
+        ]
+    )
 
 
 def create_roles_sql(password: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psycopg
 
-from boreal.errors import BorealError
+from boreal.errors import BorealError, CorruptData
 from boreal.pages import PageKind, is_zero, mask_page, page_lsn, same_page
 from boreal.rpc import compute_pb2
 from boreal.rpc.edge import fork_to_wire
@@ -34,6 +34,7 @@ from compute_node.instance import Instance
 from compute_node.postgres import make_durable
 
 _CHUNK_BLOCKS = 64
+_ZERO_PAGE = bytes(PAGE_BYTES)
 _ATTEMPTS = 3
 """A page that differs is looked at again after a checkpoint: it may just have been written."""
 
@@ -101,23 +102,31 @@ def differences(
     """Compare one run of blocks. Pure.
 
     `local` blocks that are short or all zero are not in the local file: there the first node speaks
-    for PostgreSQL. A stored None is a block storage does not have; zeros locally are its equal.
+    for PostgreSQL. A stored None is a block storage does not have; zeros are its equal.
     """
     found = []
     for index, mine in enumerate(local):
-        reference = mine
+        here = len(mine) == PAGE_BYTES and not is_zero(mine)
+        reference = mine if here else None
         for node, pages in stored.items():
-            theirs = pages[index] or bytes(PAGE_BYTES)
-            if reference == theirs:
-                continue
-            if is_zero(reference) or len(reference) < PAGE_BYTES:
-                reference = theirs
-                continue
+            theirs = pages[index] or _ZERO_PAGE
+            reference = theirs if reference is None else reference
             block = BlockNumber(first + index)
-            if not same_page(theirs, reference, kind, block):
-                reason = _describe(reference, theirs, kind, block)
+            reason = _difference(reference, theirs, kind, block)
+            if reason:
                 found.append(_Difference(node=node, block=block, reason=reason))
     return found
+
+
+def _difference(expected: bytes, got: bytes, kind: PageKind, block: BlockNumber) -> str:
+    """What is wrong with `got`; empty if nothing is."""
+    if expected == got:
+        return ""
+    try:
+        same = same_page(got, expected, kind, block)
+    except CorruptData as error:
+        return error.message
+    return "" if same else _describe(expected, got, kind, block)
 
 
 def _describe(expected: bytes, got: bytes, kind: PageKind, block: BlockNumber) -> str:

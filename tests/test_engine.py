@@ -125,12 +125,6 @@ def test_of_two_that_copy_at_once_the_first_wins(
     assert [path.name for path in copy.parent.iterdir()] == ["postgresql"]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=FileExistsError,
-    reason="the scratch directory of a process that was killed while copying is in the way of any "
-    "later one of the same process id, as in a container that starts again",
-)
 def test_a_copy_that_was_broken_off_is_made_anew(
     open_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

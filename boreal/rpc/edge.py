@@ -25,6 +25,10 @@ MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 """No message of ours comes near it: pages and log travel in chunks of about 1 MiB."""
 
 _ERROR_KEY = "boreal-error-bin"
+_NEVER_CONNECTED = "failed to connect"
+"""What gRPC says when there was no connection to send by: it tells it by the words alone."""
+_MAX_TEXT = 4000
+_MAX_STATUS_TEXT = 200
 _OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -42,8 +46,9 @@ _log = structlog.get_logger(__name__)
 
 
 def error_to_wire(error: BorealError) -> common_pb2.Error:
-    """The message form of an error."""
-    return common_pb2.Error(code=error.code, message=error.message, details=error.details)
+    """The message form of an error, its text bounded: gRPC bounds metadata, where it travels."""
+    message = error.message[:_MAX_TEXT]
+    return common_pb2.Error(code=error.code, message=message, details=error.details)
 
 
 def error_from_wire(wire: common_pb2.Error) -> BorealError:
@@ -62,8 +67,10 @@ def _from_rpc_error(error: aio.AioRpcError, peer: str, what: str) -> BorealError
     detail = error.details() or error.code().name
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UnknownOutcome(f"{peer} did not answer {what} in time; it may have been done")
-    if error.code() is grpc.StatusCode.UNAVAILABLE:
+    if error.code() is grpc.StatusCode.UNAVAILABLE and _NEVER_CONNECTED in detail:
         return Unreachable(f"{peer} cannot be reached for {what}: {detail}")
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        return UnknownOutcome(f"the connection to {peer} broke during {what}: {detail}")
     return Internal(f"{peer} failed in {what}: {error.code().name}: {detail}")
 
 
@@ -85,7 +92,9 @@ async def _abort(context: aio.ServicerContext[Any, Any], error: BaseException) -
         error = Internal(f"{type(error).__name__}: {error}")
     wire = error_to_wire(error).SerializeToString()
     status = getattr(grpc.StatusCode, error.status)
-    await context.abort(status, error.message, trailing_metadata=((_ERROR_KEY, wire),))
+    await context.abort(
+        status, error.message[:_MAX_STATUS_TEXT], trailing_metadata=((_ERROR_KEY, wire),)
+    )
 
 
 if TYPE_CHECKING:

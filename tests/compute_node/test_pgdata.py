@@ -173,20 +173,11 @@ def test_what_belongs_to_one_run_of_one_postgresql_stays_with_it(tmp_path: Path,
     assert bundled_files(lay_out(tmp_path, [file])) == set()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="bundle_paths looks at file names only; PostgreSQL leaves out directories of the "
-    "prefix pgsql_tmp too (sendDir in backend/backup/basebackup.c)",
-)
 def test_files_that_parallel_workers_share_are_temporary_too(tmp_path: Path) -> None:
     shared = "base/pgsql_tmp/pgsql_tmp4711.0.fileset/i1of2.p0.0"
     assert bundled_files(lay_out(tmp_path, [shared])) == set()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="excludeFiles in backend/backup/basebackup.c matches pg_internal.init by its prefix",
-)
 def test_a_relation_cache_being_written_is_left_out(tmp_path: Path) -> None:
     assert bundled_files(lay_out(tmp_path, ["base/5/pg_internal.init.4711"])) == set()
 

@@ -95,20 +95,10 @@ def test_a_block_storage_does_not_have_equals_local_zeros() -> None:
     assert found([b""], {A: [None], B: [ZEROS]}) == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="where neither the local file nor the first node has the page, the first node that has "
-    "it becomes the reference, and that the nodes disagree is told of none",
-)
 def test_nodes_that_disagree_on_whether_a_page_exists_differ() -> None:
     assert found([ZEROS], {A: [None], B: [PAGE], C: [PAGE]}) != []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="same_page raises CorruptData for a page that is not laid out as its kind is; the whole "
-    "verification ends there, and neither node nor block is told",
-)
 def test_a_page_that_is_garbage_is_a_difference_too() -> None:
     assert found([PAGE], {A: [PAGE], B: [b"\xff" * PAGE_BYTES]}) == [(B, FIRST)]
 

@@ -277,11 +277,6 @@ def test_an_unknown_code_inside_a_message_is_internal() -> None:
         assert "new here" in got.message
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the message travels twice in the trailing metadata, which gRPC bounds to 8 to 16 KiB; "
-    "past that the call fails with RESOURCE_EXHAUSTED and arrives as Internal",
-)
 async def test_an_error_with_much_to_say_keeps_its_class() -> None:
     peer = Peer(raising(QuorumUnavailable("reason; " * 2500, needed=4)))
     async with serving(peer) as address, calls_to(address) as caller:
@@ -379,11 +374,6 @@ async def test_a_caller_that_gives_up_ends_the_handler() -> None:
             await ended.wait()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="UNAVAILABLE is taken for «never processed», but gRPC also gives it when a connection "
-    "breaks under a call that the peer is carrying out",
-)
 async def test_a_connection_that_breaks_under_a_call_is_an_unknown_outcome() -> None:
     peer = Peer(hanging)
     async with (
