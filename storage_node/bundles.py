@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
@@ -41,6 +42,8 @@ class BundleStore:
     def __init__(self, directory: Path) -> None:
         self._contents = directory / "contents"
         self._manifests = directory / "manifests"
+        self._changing = threading.Lock()
+        """Calls come from worker threads; what one collects another may be about to name."""
 
     @classmethod
     def create(cls, directory: Path) -> Self:
@@ -71,15 +74,16 @@ class BundleStore:
 
     def put_manifest(self, manifest: storage_pb2.BundleManifest) -> None:
         """Make a bundle known, then forget what is older than the newest few. Durable."""
-        missing = self.missing(file.sha256 for file in manifest.files if file.sha256)
-        if missing:
-            raise MalformedRequest(
-                f"{len(missing)} contents of the bundle are not stored here; put them first"
-            )
-        body = manifest.SerializeToString(deterministic=True)
-        name = f"{manifest.end_lsn:016X}-{manifest.epoch:016X}"
-        write_durably(self._manifests / name, value(body).to_bytes(_CRC_BYTES, "big") + body)
-        self._collect()
+        with self._changing:
+            missing = self.missing(file.sha256 for file in manifest.files if file.sha256)
+            if missing:
+                raise MalformedRequest(
+                    f"{len(missing)} contents of the bundle are not stored here; put them first"
+                )
+            body = manifest.SerializeToString(deterministic=True)
+            name = f"{manifest.end_lsn:016X}-{manifest.epoch:016X}"
+            write_durably(self._manifests / name, value(body).to_bytes(_CRC_BYTES, "big") + body)
+            self._collect()
 
     def manifest(self, max_end_lsn: Lsn) -> storage_pb2.BundleManifest:
         """The newest bundle that ends at or below `max_end_lsn` (0: no bound).
