@@ -30,7 +30,7 @@ check: setup       ## format, lint, types, imports, stubs
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
-	@$(BIN)/lint-imports --no-logo 2>&1 | tail -n 8
+	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python proto/generate.py --check
 
 format: setup      ## let ruff put the code into shape
