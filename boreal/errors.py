@@ -27,7 +27,7 @@
     │   ├── ProcessFailed          a process we started ended or never became ready
     │   ├── EngineError            PostgreSQL refused a command; `sqlstate` says why
     │   └── Internal               a bug: an invariant does not hold
-    └── UnknownOutcome           a deadline passed: it may or may not have happened
+    └── UnknownOutcome           no answer came: it may or may not have happened
 
 `retryable` says whether the very same request may succeed later. `status` is the gRPC status the
 error maps to; boreal/rpc/edge.py is the only place that does the mapping.
@@ -207,7 +207,7 @@ class Internal(Failed):
 
 
 class UnknownOutcome(BorealError):
-    """The answer did not come in time; the request may have been carried out."""
+    """No answer came in time, or the connection broke; it may have been carried out."""
 
     retryable = True
     status = "DEADLINE_EXCEEDED"

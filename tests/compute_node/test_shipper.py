@@ -365,20 +365,24 @@ def test_the_window_holds_the_newest_bytes_and_never_drops_what_is_above_its_flo
                 window.read(Lsn(window.start - 1), window.end)
 
 
+def small_outbox(on_vdl: Callable[[Lsn], None] = lambda _: None) -> Outbox:
+    return Outbox(
+        volume=VolumeId("v"),
+        lineage=LINEAGE,
+        start=START,
+        tracker=DurabilityTracker(SIX_WAY, START),
+        window_bytes=1000,
+        on_vdl=on_vdl,
+    )
+
+
 @given(st.data())
 def test_the_vdl_is_what_four_nodes_hold_and_each_is_sent_every_byte_once(
     data: st.DataObject,
 ) -> None:
     names = [NodeName(f"sn-{n}") for n in range(1, 7)]
     vdls: list[Lsn] = []
-    outbox = Outbox(
-        volume=VolumeId("v"),
-        lineage=LINEAGE,
-        start=START,
-        tracker=DurabilityTracker(SIX_WAY, START),
-        window_bytes=1000,
-        on_vdl=vdls.append,
-    )
+    outbox = small_outbox(vdls.append)
     scls: dict[NodeName, Lsn] = {}
     logs = {name: bytearray() for name in names}
     pushed = bytearray()
@@ -412,14 +416,7 @@ def test_the_vdl_is_what_four_nodes_hold_and_each_is_sent_every_byte_once(
 
 
 def test_nodes_at_the_same_place_are_sent_the_same_object() -> None:
-    outbox = Outbox(
-        volume=VolumeId("v"),
-        lineage=LINEAGE,
-        start=START,
-        tracker=DurabilityTracker(SIX_WAY, START),
-        window_bytes=1000,
-        on_vdl=lambda _: None,
-    )
+    outbox = small_outbox()
     outbox.push(START, b"abc")
     assert outbox.begin_wave()
     first = outbox.batch(START)
@@ -427,14 +424,7 @@ def test_nodes_at_the_same_place_are_sent_the_same_object() -> None:
 
 
 def test_the_log_leaves_in_waves() -> None:
-    outbox = Outbox(
-        volume=VolumeId("v"),
-        lineage=LINEAGE,
-        start=START,
-        tracker=DurabilityTracker(SIX_WAY, START),
-        window_bytes=1000,
-        on_vdl=lambda _: None,
-    )
+    outbox = small_outbox()
     names = [NodeName(f"sn-{n}") for n in range(1, 5)]
     for name in names:
         outbox.adopted(name, START)
@@ -466,14 +456,7 @@ def test_the_log_leaves_in_waves() -> None:
 
 def test_a_fenced_outbox_takes_nothing_and_its_vdl_stays() -> None:
     vdls: list[Lsn] = []
-    outbox = Outbox(
-        volume=VolumeId("v"),
-        lineage=LINEAGE,
-        start=START,
-        tracker=DurabilityTracker(SIX_WAY, START),
-        window_bytes=1000,
-        on_vdl=vdls.append,
-    )
+    outbox = small_outbox(vdls.append)
     outbox.push(START, b"abc")
     outbox.fenced = StaleEpoch("superseded", promised_epoch=3)
     for n in range(1, 7):
