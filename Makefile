@@ -2,11 +2,12 @@
 # venv module and make.
 PYTHON ?= python3
 SEEDS  ?= 1,2,3,4,5,6,7,8,9,10
+MINUTES ?= 30
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup up down test chaos check format bench proto clean
+.PHONY: setup up down test chaos oracle check format bench soak proto clean
 
 setup: $(STAMP)
 
@@ -40,8 +41,14 @@ format: setup      ## let ruff put the code into shape
 chaos: setup       ## many seeds of random failures (SEEDS=1,2,3)
 	@BOREAL_CHAOS_SEEDS=$(SEEDS) $(BIN)/python -m pytest tests/cluster/test_chaos.py -q -s
 
+oracle: setup      ## redo against PostgreSQL, many seeds of random SQL (SEEDS=1,2,3)
+	@BOREAL_REDO_SEEDS=$(SEEDS) $(BIN)/python -m pytest tests/storage_node/redo/test_oracle.py -q
+
 bench: setup       ## side by side with stock PostgreSQL (ARGS="--seconds 10")
 	@$(BIN)/python -m bench $(ARGS)
+
+soak: setup        ## steady load for long: size, memory, errors (MINUTES=30)
+	@$(BIN)/python -m bench.soak --minutes $(MINUTES) $(ARGS)
 
 proto: setup       ## regenerate boreal/rpc from proto/
 	@$(BIN)/python proto/generate.py

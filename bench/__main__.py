@@ -25,7 +25,7 @@ from boreal.errors import BorealError
 
 _RESULTS = Path(__file__).parent / "results"
 _DIRECTORY = Path("/var/tmp")
-_FILE_COLUMNS = 190
+_FILE_COLUMNS = 220
 """The width of the tables where standard output is no terminal."""
 _MAX_CLIENTS = 80
 """PostgreSQL's default is 100 connections, and Boreal's agent needs some for itself."""

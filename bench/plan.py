@@ -17,8 +17,8 @@ class Script(StrEnum):
 class SystemName(StrEnum):
     """What is compared."""
 
-    SHIP_ONLY = "boreal-ship-only"
     BOREAL = "boreal"
+    PAGES_STOPPED = "boreal-pages-stopped"
     QUORUM = "stock-quorum"
     ALONE = "stock-alone"
 

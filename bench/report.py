@@ -39,6 +39,7 @@ def load_table(outcomes: Sequence[Outcome], titles: Mapping[SystemName, str]) ->
     table.add_column("load", no_wrap=True)
     table.add_column("system", no_wrap=True)
     for heading in ("tps", f"× {BASELINE}", "mean ms", "p50", "p95", "p99",
+                    "ack p50", "ack p99", "backlog MiB", "drained s",
                     "WAL B/tx", "shipped B/tx", "CPU ms/tx", "other load"):  # fmt: skip
         table.add_column(heading, justify="right")
     for cell, group in _by_cell(outcomes, titles):
@@ -75,7 +76,7 @@ def cpu_table(outcomes: Sequence[Outcome], titles: Mapping[SystemName, str]) -> 
 
 def line(outcome: Outcome) -> str:
     """One outcome as it comes."""
-    where = f"{outcome.cell!s:<26} {outcome.system:<17}"
+    where = f"{outcome.cell!s:<26} {outcome.system:<21}"
     if isinstance(outcome, Failure):
         return f"{where} failed: {outcome.reason}"
     return f"{where} {outcome.load.summary.tps:9,.0f} tps   p95 {outcome.load.p95_ms:.2f} ms"
@@ -86,8 +87,11 @@ def notes(outcomes: Sequence[Outcome], titles: Mapping[SystemName, str]) -> list
     lines = [f"{name}: {title}." for name, title in titles.items()]
     lines.append(
         "shipped: log bytes sent to all copies together. CPU and log are counted until the system "
-        "was idle again. other load: share of the machine's CPU used by anything else meanwhile."
+        "was idle again. other load: share of the machine's CPU used by anything else meanwhile. "
+        "ack: ms of an append's ack at the load's end, by the fourth fastest of the six nodes. "
+        "backlog: log not indexed when the load ended, and the seconds until it was."
     )
+    lines += where_time_goes(outcomes, titles)
     shares = [one.elsewhere_share for one in outcomes if isinstance(one, Measurement)]
     noisy = [share for share in shares if share > _NOISE_SHARE]
     if noisy:
@@ -100,11 +104,58 @@ def notes(outcomes: Sequence[Outcome], titles: Mapping[SystemName, str]) -> list
         if isinstance(outcome, Failure):
             lines.append(f"FAILED {where}: {outcome.reason}")
             continue
+        if outcome.storage is not None and outcome.drain_s is None:
+            lines.append(f"NOT DRAINED {where}: the index did not catch up")
+        if outcome.storage is not None and outcome.storage.ack_delay_ms:
+            lines.append(
+                f"BACK-PRESSURE {where}: acks were held back by {outcome.storage.ack_delay_ms:.0f} "
+                "ms at the end, because the index lagged"
+            )
         if not outcome.settled:
             lines.append(f"unsettled {where}: work put off was still going on, and is not counted")
         if outcome.load.summary.failed:
             lines.append(f"{where}: {outcome.load.summary.failed} transactions failed")
     return lines
+
+
+def where_time_goes(outcomes: Sequence[Outcome], titles: Mapping[SystemName, str]) -> list[str]:
+    """In words, for each load of Boreal's: what took the CPU, and what a commit waits for."""
+    lines = []
+    for cell, group in _by_cell([o for o in outcomes if isinstance(o, Measurement)], titles):
+        whole = {one.system: one for one in group}
+        for one in group:
+            if one.storage is None:
+                continue
+            total = sum(one.cpu_s.values()) or math.nan
+            shares = sorted(one.cpu_s.items(), key=lambda item: -item[1])
+            text = ", ".join(f"{kind} {s / total:.0%}" for kind, s in shares if s > 0.005 * total)
+            told = (
+                f"{one.system}, {cell}: {one.per_transaction(1000 * total):.2f} ms of CPU for each "
+                f"transaction: {text}."
+            )
+            if one.storage.ack_p50_ms is not None:
+                told += (
+                    f" Of its p50 of {one.load.p50_ms:.2f} ms the fourth storage node's ack is "
+                    f"{one.storage.ack_p50_ms:.2f} ms."
+                )
+            lines.append(told)
+        lines += _cost_of_pages(cell, whole)
+    return lines
+
+
+def _cost_of_pages(cell: Cell, whole: Mapping[SystemName, Measurement]) -> list[str]:
+    """What indexing and background work cost, where both were measured."""
+    full, bare = whole.get(SystemName.BOREAL), whole.get(SystemName.PAGES_STOPPED)
+    if full is None or bare is None or not bare.load.summary.tps:
+        return []
+    lost = 1 - full.load.summary.tps / bare.load.summary.tps
+    text = f"{cell}: indexing and background work cost {lost:.0%} of the transactions"
+    if full.storage and bare.storage and full.storage.ack_p99_ms and bare.storage.ack_p99_ms:
+        text += (
+            f"; an ack's p99 is {full.storage.ack_p99_ms:.2f} ms with them and "
+            f"{bare.storage.ack_p99_ms:.2f} ms without"
+        )
+    return [text + "."]
 
 
 def as_json(outcomes: Sequence[Outcome], facts: Mapping[str, object]) -> str:
@@ -146,10 +197,23 @@ def _load_cells(outcomes: Sequence[Outcome], outcome: Outcome) -> list[str]:
         f"{done.p50_ms:.2f}",
         f"{done.p95_ms:.2f}",
         f"{done.p99_ms:.2f}",
+        *_storage_cells(outcome),
         f"{outcome.per_transaction(outcome.wal_bytes):,.0f}",
         "" if shipped is None else f"{outcome.per_transaction(shipped):,.0f}",
         f"{outcome.per_transaction(1000 * sum(outcome.cpu_s.values())):.2f}",
         f"{outcome.elsewhere_share:.0%}",
+    ]
+
+
+def _storage_cells(outcome: Measurement) -> list[str]:
+    state = outcome.storage
+    if state is None:
+        return [""] * 4
+    acks = (state.ack_p50_ms, state.ack_p99_ms)
+    return [
+        *("" if ms is None else f"{ms:.2f}" for ms in acks),
+        f"{state.backlog_bytes / 2**20:.1f}",
+        "never" if outcome.drain_s is None else f"{outcome.drain_s:.1f}",
     ]
 
 
@@ -173,9 +237,11 @@ def _record(outcomes: Sequence[Outcome], outcome: Outcome) -> dict[str, object]:
         "elsewhere_share": outcome.elsewhere_share,
         "settle_s": outcome.settle_s,
         "settled": outcome.settled,
+        "drain_s": outcome.drain_s,
     }
+    storage = None if outcome.storage is None else asdict(outcome.storage)
     cpu = {kind: outcome.per_transaction(1000 * s) for kind, s in outcome.cpu_s.items()}
-    return {**base, **_finite(figures), "cpu_ms_per_transaction": _finite(cpu)}
+    return {**base, **_finite(figures), "storage": storage, "cpu_ms_per_transaction": _finite(cpu)}
 
 
 def _finite(figures: Mapping[Any, object]) -> dict[str, object]:

@@ -12,7 +12,7 @@ from bench.accounting import Kind, Usages
 from bench.load import Load
 from bench.plan import Cell, Plan, SystemName
 from bench.postgres import query
-from bench.systems import System
+from bench.systems import StorageState, System
 from boreal.engine import Engine
 from boreal.errors import BorealError
 from boreal.types import parse_lsn
@@ -21,6 +21,10 @@ _IDLE_CORES = 0.25
 """A system that uses less of a core than this has done its work: heartbeats are not nothing."""
 _SETTLE_S = 30.0
 _SETTLE_STEP_S = 0.5
+_DRAIN_S = 120.0
+_DRAIN_STEP_S = 0.1
+_DRAINED_BYTES = 64 * 1024
+"""What an idle system writes by itself, and the beginning of a record, is no backlog."""
 _WARM_UP_S = 2
 _SETTINGS: LiteralString = (
     "SELECT name, current_setting(name) FROM pg_settings WHERE name IN ("
@@ -48,6 +52,11 @@ class Measurement:
     settle_s: float
     settled: bool
     """False if the system still worked when the wait for it to be idle was given up."""
+    storage: StorageState | None
+    """Right after the load; None where there is none."""
+    drain_s: float | None
+    """From the end of the load until every storage node had indexed its log; None if it never came
+    to that."""
 
     def per_transaction(self, total: float) -> float:
         """`total` over the transactions of the load; NaN if there were none."""
@@ -122,11 +131,14 @@ class Runner:
         wal_before, shipped_before = _log_position(system), system.shipped_bytes()
         before, busy_before_s = _usages(system), accounting.machine_busy_s()
         began = time.monotonic()
-        done = self._load(cell, name)
-        elapsed_s = time.monotonic() - began
-        busy_s = accounting.machine_busy_s() - busy_before_s
-        ours_s = sum(accounting.spent(before, _usages(system)).values()) + done.pgbench_cpu_s
+        with system.under_load():
+            done = self._load(cell, name)
+            elapsed_s = time.monotonic() - began
+            busy_s = accounting.machine_busy_s() - busy_before_s
+            ours_s = sum(accounting.spent(before, _usages(system)).values()) + done.pgbench_cpu_s
+            storage = system.storage_state()
         self._report(f"{name}: {cell}: waiting until it is idle", 1)
+        drain_s = self._drain(system)
         settle_s, settled = self._settle(system)
         shipped_after = system.shipped_bytes()
         return Measurement(
@@ -139,6 +151,8 @@ class Runner:
             elsewhere_share=max(0.0, busy_s - ours_s) / (elapsed_s * accounting.cores()),
             settle_s=settle_s,
             settled=settled,
+            storage=storage,
+            drain_s=drain_s,
         )
 
     def _load(self, cell: Cell, name: SystemName) -> Load:
@@ -150,6 +164,18 @@ class Runner:
 
         tick()
         return load.run(self._engine, self._systems[name].target, cell, self._plan.seconds, tick)
+
+    def _drain(self, system: System) -> float | None:
+        """Wait until storage has indexed its log; how long that took."""
+        began = time.monotonic()
+        while (waited_s := time.monotonic() - began) < _DRAIN_S:
+            state = system.storage_state()
+            if state is None:
+                return None
+            if state.backlog_bytes < _DRAINED_BYTES:
+                return waited_s
+            time.sleep(_DRAIN_STEP_S)
+        return None
 
     def _settle(self, system: System) -> tuple[float, bool]:
         """Wait until the system idles; how long that took, and whether it came to it."""

@@ -1,31 +1,60 @@
 """The systems compared. Each is started fresh in a directory of its own and can say where SQL is
-served, which processes it consists of, and how much log it has shipped.
+served, which processes it consists of, how much log it has shipped, and how far storage is.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+import psutil
 
 from bench.accounting import Kind, Tree, standby_kind, writer_kind
 from bench.load import Target
 from bench.plan import SystemName
 from bench.postgres import START_S, PostgresServer
+from boreal import cluster, process_tree
 from boreal.cluster import free_ports
+from boreal.command import status
 from boreal.engine import Engine
-from boreal.errors import Internal, ProcessFailed
+from boreal.errors import Internal, NotNow, ProcessFailed
 from boreal.processes import LocalProcesses
 from boreal.quorum import SIX_WAY
+from boreal.rpc import compute_pb2, compute_pb2_grpc
+from boreal.rpc.edge import calling, open_channel
 from boreal.waiting import wait_until
 
 _COMMAND_S = 180
 _STANDBYS = ("s1", "s2", "s3", "s4", "s5", "s6")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageState:
+    """What Boreal's status tells of its storage nodes at one moment.
+
+    They report every half second: a backlog is that much older than it looks.
+    """
+
+    backlog_bytes: int
+    """Log that the node furthest behind holds and has not indexed."""
+    ack_p50_ms: float | None
+    ack_p99_ms: float | None
+    """Of appends in the last seconds, by the fourth fastest of the six: what commits wait for. None
+    without any."""
+    ack_p99_worst_ms: float | None
+    """By the slowest of the six."""
+    ack_delay_ms: float
+    """How long acks are held back because the index lags: back-pressure."""
 
 
 class System(Protocol):
@@ -59,6 +88,12 @@ class System(Protocol):
     def shipped_bytes(self) -> int | None:
         """Log bytes sent to all copies together since some fixed moment; None if it ships none."""
 
+    def storage_state(self) -> StorageState | None:
+        """How far storage is; None if there is none."""
+
+    def under_load(self) -> AbstractContextManager[None]:
+        """What is special about it while a load runs."""
+
 
 class _Stock:
     """What stock PostgreSQL needs not do for the bench: an idle one uses no CPU anyway."""
@@ -68,6 +103,12 @@ class _Stock:
 
     def resume(self) -> None:
         return
+
+    def storage_state(self) -> StorageState | None:
+        return None
+
+    def under_load(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class StockAlone(_Stock):
@@ -169,22 +210,32 @@ class StockQuorum(_Stock):
 class Boreal:
     """A local Boreal cluster, started and asked through the `boreal` command as a user would.
 
-    `ship_only` switches off the after-images in the log and the page ingest on the storage nodes:
-    what is left is the way of a commit.
+    With `pages_stopped` the page processes of all storage nodes are frozen while a load runs: what
+    is left is the way of a commit. Next to the whole it shows what indexing and background work
+    cost.
     """
 
-    def __init__(self, directory: Path, *, ship_only: bool) -> None:
+    def __init__(
+        self, directory: Path, *, pages_stopped: bool = False, options: Sequence[str] = ()
+    ) -> None:
+        """`options` are further ones for `boreal up`."""
         self._directory = directory
-        self._ship_only = ship_only
+        self._options = options
+        self._pages_stopped = pages_stopped
         self._target: Target | None = None
         self._processes = LocalProcesses(directory)
         directory.mkdir(mode=0o711)
 
     @property
+    def directory(self) -> Path:
+        """Where all its data are."""
+        return self._directory
+
+    @property
     def title(self) -> str:
-        if self._ship_only:
-            return "Boreal, log shipping only: after-images and page ingest SWITCHED OFF"
-        return "Boreal, with after-images and page ingest"
+        if self._pages_stopped:
+            return "Boreal, its six page processes STOPPED during the load: nothing is indexed"
+        return "Boreal"
 
     @property
     def target(self) -> Target:
@@ -193,14 +244,13 @@ class Boreal:
         return self._target
 
     def start(self) -> None:
-        mode = ["--ship-only"] if self._ship_only else []
-        self._command("up", "--port", str(free_ports(1)[0]), *mode)
-        self._target = Target.parse(self._command("dsn").strip())
+        self.command("up", "--port", str(free_ports(1)[0]), *self._options)
+        self._target = Target.parse(self.command("dsn").strip())
 
     def stop(self) -> None:
         if self._processes.names():
             self._unfreeze()  # a compute node that stops wants its storage nodes
-            self._command("down")
+            self.command("down")
 
     def pause(self) -> None:
         # Heartbeats are some percent of a core, which the others would have to do without.
@@ -229,23 +279,58 @@ class Boreal:
         links = [link["state"] for link in compute["links"]]
         return len(links) == SIX_WAY.copies and set(links) == {"streaming"}
 
+    def pids(self) -> dict[str, int]:
+        """Of the processes that are alive, by name; those below them not."""
+        found = {name: self._processes.status(name).pid for name in self._processes.names()}
+        return {name: pid for name, pid in found.items() if pid is not None}
+
     def trees(self) -> Sequence[Tree]:
         trees = []
-        for name in self._processes.names():
-            pid = self._processes.status(name).pid
-            if pid is not None:
-                root_kind, child_kind = _boreal_kinds(name)
-                trees.append(Tree(root_pid=pid, root_kind=root_kind, child_kind=child_kind))
+        for name, pid in self.pids().items():
+            root_kind, child_kind = _boreal_kinds(name)
+            trees.append(Tree(root_pid=pid, root_kind=root_kind, child_kind=child_kind))
         return trees
 
     def shipped_bytes(self) -> int | None:
         counts = [instance["shipped_bytes"] for instance in self._status()["compute"]]
         return None if None in counts else sum(counts)
 
-    def _status(self) -> Any:
-        return json.loads(self._command("status", "--json"))
+    def storage_state(self) -> StorageState | None:
+        # Not by the command: to start Python costs more than what is to be measured.
+        found = status.to_json(asyncio.run(status.gather(cluster.load(self._directory))))
+        return read_storage_state(found)
 
-    def _command(self, verb: str, *arguments: str) -> str:
+    def take_bundle(self) -> None:
+        """Have the writer take a bundle, if the moment allows it."""
+        with suppress(NotNow):
+            asyncio.run(_take_bundle(cluster.load(self._directory).agent_address))
+
+    def under_load(self) -> AbstractContextManager[None]:
+        return self._stopped_pages() if self._pages_stopped else nullcontext()
+
+    @contextmanager
+    def _stopped_pages(self) -> Iterator[None]:
+        processes = [
+            child
+            for name in self._alive()
+            if name.startswith("sn-")
+            for child in psutil.Process(self._processes.status(name).pid).children()
+        ]
+        if len(processes) != SIX_WAY.copies:
+            raise ProcessFailed(f"{len(processes)} page processes run, not {SIX_WAY.copies}")
+        try:
+            for process in processes:
+                process_tree.send(process, signal.SIGSTOP)
+            yield
+        finally:
+            for process in processes:
+                process_tree.send(process, signal.SIGCONT)
+
+    def _status(self) -> Any:
+        return json.loads(self.command("status", "--json"))
+
+    def command(self, verb: str, *arguments: str) -> str:
+        """Run one `boreal` command on it; what that printed. ProcessFailed if it fails."""
         command = [str(Path(sys.executable).with_name("boreal")), verb]
         try:
             # A session of its own: Ctrl-C on the terminal is for the bench, which then stops it.
@@ -265,6 +350,36 @@ class Boreal:
         return done.stdout
 
 
+async def _take_bundle(agent: str) -> None:
+    async with open_channel(agent) as channel:
+        stub: compute_pb2_grpc.ComputeAsyncStub = compute_pb2_grpc.ComputeStub(channel)
+        with calling("db-1", "TakeBundle"):
+            await stub.TakeBundle(compute_pb2.TakeBundleRequest(), timeout=_COMMAND_S)
+
+
+def read_storage_state(found: Any) -> StorageState | None:
+    """Read what `boreal status --json` prints; None if the control plane does not answer. Pure."""
+    lags = [node["indexed_lag_bytes"] for node in found["storage"]]
+    if None in lags:
+        return None
+    links = [link for compute in found["compute"] for link in compute["links"]]
+    p50s, p99s = (
+        sorted(link[name] / 1000 for link in links if link.get(name))
+        for name in ("ack_p50_us", "ack_p99_us")
+    )
+    return StorageState(
+        backlog_bytes=max(lags),
+        ack_p50_ms=_by_the_quorum(p50s),
+        ack_p99_ms=_by_the_quorum(p99s),
+        ack_p99_worst_ms=p99s[-1] if p99s else None,
+        ack_delay_ms=max(node.get("ack_delay_us") or 0 for node in found["storage"]) / 1000,
+    )
+
+
+def _by_the_quorum(ascending: Sequence[float]) -> float | None:
+    return ascending[SIX_WAY.write - 1] if len(ascending) >= SIX_WAY.write else None
+
+
 def _boreal_kinds(name: str) -> tuple[Kind, Callable[[str], Kind]]:
     """The kinds of a Boreal process and of those below it, by its name in the cluster."""
     if name.startswith("sn-"):
@@ -277,10 +392,10 @@ def _boreal_kinds(name: str) -> tuple[Kind, Callable[[str], Kind]]:
 def make_system(name: SystemName, engine: Engine, directory: Path) -> System:
     """The system of that name; its data go to `directory`, which must not exist yet."""
     match name:
-        case SystemName.SHIP_ONLY:
-            return Boreal(directory, ship_only=True)
         case SystemName.BOREAL:
-            return Boreal(directory, ship_only=False)
+            return Boreal(directory)
+        case SystemName.PAGES_STOPPED:
+            return Boreal(directory, pages_stopped=True)
         case SystemName.QUORUM:
             return StockQuorum(engine, directory)
         case SystemName.ALONE:

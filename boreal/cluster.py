@@ -52,6 +52,10 @@ class ClusterConfig:
     master_password: str
     ship_only: bool = False
     """Storage keeps the log but makes no pages. A mode of the bench."""
+    retain_log_mib: int | None = None
+    """How much log below the floor each storage node keeps; None: what storage nodes think best."""
+    cache_bytes: int = 0
+    """Bound on the pages a compute node keeps locally; 0: none."""
 
     @property
     def control_address(self) -> str:

@@ -18,6 +18,7 @@
     ├── Failed                   it was tried and did not happen
     │   ├── CorruptData            a checksum or structure does not hold; never served
     │   │   └── CorruptWal           ... in the log: names the LSN
+    │   │       └── RedoFailed         a sound record does not fit the page it names
     │   ├── NotMaterializable      storage cannot prove the page right, so it gives none
     │   ├── IngestStopped          the index met something it must not pass
     │   ├── DiskFull               no room; nothing was acknowledged
@@ -147,6 +148,10 @@ class CorruptData(Failed):
 
 class CorruptWal(CorruptData):
     """Details: `lsn`."""
+
+
+class RedoFailed(CorruptWal):
+    """Redo met a page it cannot change as the record says. Details: `lsn`."""
 
 
 class NotMaterializable(Failed):

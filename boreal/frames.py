@@ -31,6 +31,11 @@ class FrameReader:
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Yield each message completed by `data`; OversizeRequest on a length we never send."""
+        if not self._buffer and len(data) > _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(data)
+            if length == len(data) - _LENGTH.size <= MAX_FRAME_BYTES:  # as most come
+                yield data[_LENGTH.size :]
+                return
         self._buffer += data
         start = 0
         try:

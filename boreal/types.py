@@ -20,6 +20,9 @@ InstanceName = NewType("InstanceName", str)
 BlockNumber = NewType("BlockNumber", int)
 Timeline = NewType("Timeline", int)
 
+KEPT_BUNDLES = 3
+"""How many bundles of a volume a storage node keeps: the newest ones."""
+
 PAGE_BYTES = 8192
 """BLCKSZ and XLOG_BLCKSZ of the pinned engine."""
 WAL_SEGMENT_BYTES = 16 * 1024 * 1024

@@ -54,6 +54,7 @@ async def serve(config: ComputeConfig) -> None:
     help="Holds the master user's password; used when the volume is created.",
 )
 @click.option("--ship-only", is_flag=True, help="No after-images: ship the log, make no pages.")
+@click.option("--cache-size", type=int, default=0, help="Bytes of pages to keep; 0: no bound.")
 @click.option("--setting", multiple=True, metavar="NAME=VALUE", help="Further PostgreSQL settings.")
 def main(
     name: str,
@@ -64,6 +65,7 @@ def main(
     postgres_port: int,
     password_file: Path,
     ship_only: bool,
+    cache_size: int,
     setting: tuple[str, ...],
 ) -> None:
     """Run one compute node: a PostgreSQL on a Boreal volume."""
@@ -78,6 +80,7 @@ def main(
         postgres_port=postgres_port,
         master_password=password_file.read_text().strip(),
         ship_only=ship_only,
+        cache_bytes=cache_size,
         settings=tuple((key, value) for key, _, value in pairs),
     )
     uvloop.run(serve(config))

@@ -16,6 +16,7 @@ from boreal.errors import BorealError, Internal, NotWriter
 from boreal.rpc import common_pb2, compute_pb2, control_pb2, control_pb2_grpc
 from boreal.rpc.edge import calling, open_channel, volume_ref
 from boreal.types import Epoch, VolumeId
+from compute_node.bundle_choice import BundleChoice
 from compute_node.config import ComputeConfig
 from compute_node.create_volume import create_volume
 from compute_node.fleet import Fleet
@@ -45,6 +46,7 @@ class Agent:
         self._shim = shim
         self._life = Life()
         self._instance: Instance | None = None
+        self._bundles = BundleChoice()
         self._order = Order(kind=Order.WAIT, reason="no word from the control plane yet")
         self._ordered = asyncio.Condition()
         self._members: Sequence[control_pb2.StorageNode] = ()
@@ -145,6 +147,8 @@ class Agent:
                     state=link.state.value,
                     scl=link.scl,
                     ack_latency_us=link.ack_latency_us,
+                    ack_p50_us=link.ack_p50_us,
+                    ack_p99_us=link.ack_p99_us,
                 )
                 for link in (shipper.links if shipper else ())
             ],
@@ -208,13 +212,22 @@ class Agent:
         fleet = Fleet(VolumeId(ref.volume_id), Epoch(ref.epoch))
         try:
             await fleet.set_members(self._members)
-            self._instance = Instance(self._config, self._engine, self._shim, fleet, self._life)
+            self._instance = Instance(
+                self._config, self._engine, self._shim, fleet, self._life, self._bundles
+            )
             if self._stopping.is_set():
                 return
-            await self._instance.run(self._write_order)
+            await self._live_on(self._instance)
         finally:
             self._instance = None
             await fleet.close()
+
+    async def _live_on(self, instance: Instance) -> None:
+        try:
+            await instance.run(self._write_order)
+        finally:
+            wrote = self._life.state in {LifeState.WRITER, LifeState.STOPPING}
+            self._bundles.ended(instance.bundle_end, wrote=wrote)
 
     async def _write_order(self) -> Epoch:
         self._report_now.set()

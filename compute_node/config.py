@@ -32,6 +32,8 @@ class ComputeConfig:
     master_password: str
     ship_only: bool
     """Only ship the log; storage does not materialize pages. A mode of the bench."""
+    cache_bytes: int = 0
+    """Soft bound on the relation files in PGDATA (`compute_node.cache`); 0: none."""
     settings: tuple[tuple[str, str], ...] = ()
     """Further postgresql.conf settings."""
 

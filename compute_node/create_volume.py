@@ -41,7 +41,7 @@ from compute_node import pgdata
 from compute_node.bundle import Bundle, collect_files
 from compute_node.config import ADMIN, DATABASE, ComputeConfig
 from compute_node.fleet import Fleet
-from compute_node.postgres import create_roles_sql, refuse_hash_indexes_sql
+from compute_node.postgres import create_roles_sql
 from compute_node.shipper import Shipper, storage_addresses
 from compute_node.storage_client import MAX_IMPORT_PAGES, PageRun
 
@@ -82,9 +82,6 @@ def make_cluster(config: ComputeConfig, engine: Engine) -> FreshCluster:
         "--no-instructions",
     )
     _run_single_user(engine, path, DATABASE, create_roles_sql(config.master_password))
-    if not config.ship_only:
-        for database in ("template0", "template1", DATABASE):
-            _run_single_user(engine, path, database, refuse_hash_indexes_sql())
     control = engine.run("pg_controldata", str(path))
     checkpoint = parse_lsn(_field(control, "Latest checkpoint location"))
     start = wal_segment_start(checkpoint)

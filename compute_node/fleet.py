@@ -28,12 +28,11 @@ from boreal.types import (
     Epoch,
     Lsn,
     NodeName,
-    PageKey,
     RelationFork,
     VolumeId,
     format_lsn,
 )
-from compute_node.read_path import Ask, Patience, ReadPath
+from compute_node.read_path import Ask, Hedging, Patience, ReadPath
 from compute_node.storage_client import (
     MAX_PAGES_PER_CALL,
     Addresses,
@@ -62,7 +61,9 @@ class FleetLimits:
     """How long a fleet waits for its nodes."""
 
     pages: Patience
-    """Reads that hold up a query: pages."""
+    """Reads that hold up a query: a page."""
+    windows: Patience
+    """Many pages at once. Fetched ahead in most cases: a hedge costs much and hurries nobody."""
     bulk: Patience
     """Other reads that one node serves: log, relation sizes, contents of bundles."""
     changes: Deadlines
@@ -78,7 +79,10 @@ class BundlePut:
 
 
 DEFAULT_LIMITS = FleetLimits(
-    pages=Patience(attempt_s=1.0, total_s=30.0),
+    pages=Patience(attempt_s=1.0, total_s=30.0, hedging=Hedging()),
+    windows=Patience(
+        attempt_s=2.0, total_s=30.0, hedging=Hedging(first_s=0.1, least_s=0.03, share=0.05)
+    ),
     bulk=Patience(attempt_s=10.0, total_s=60.0),
     changes=Deadlines(),
 )
@@ -108,7 +112,9 @@ class Fleet:
         self._nodes: tuple[control_pb2.StorageNode, ...] = ()
         self._clients: dict[NodeName, StorageClient] = {}
         self._lineage_epoch = Epoch(0)
-        self._pages = ReadPath(limits.pages, clock)
+        self.page_reads = ReadPath(limits.pages, clock)
+        # Apart: a window's latency says nothing about a page's.
+        self.window_reads = ReadPath(limits.windows, clock)
         self._bulk = ReadPath(limits.bulk, clock)
         self._background: set[asyncio.Task[Any]] = set()
 
@@ -176,11 +182,6 @@ class Fleet:
         """
         self._lineage_epoch = max(self._lineage_epoch, epoch)
 
-    async def get_page(self, key: PageKey, lsn: Lsn) -> bytes | None:
-        """One page as of `lsn`, which must be durable; None if the fork had no such block then."""
-        (page,) = await self.get_pages(key.relation, key.block, 1, lsn)
-        return page
-
     async def get_pages(
         self,
         relation: RelationFork,
@@ -208,7 +209,8 @@ class Fleet:
                 within_s=within_s,
             )
 
-        return await self._read(self._pages, f"{relation}:{first}", ask, node)
+        path = self.page_reads if count == 1 else self.window_reads
+        return await self._read(path, f"{relation}:{first}+{count}", ask, node)
 
     async def list_relations(
         self, lsn: Lsn, *, node: NodeName | None = None

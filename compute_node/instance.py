@@ -19,6 +19,7 @@ from boreal.errors import (
     BadUsage,
     BorealError,
     Internal,
+    NoBundle,
     NotNow,
     ProcessFailed,
     QuorumUnavailable,
@@ -29,9 +30,12 @@ from boreal.quorum import SIX_WAY, DurabilityTracker, RecoveryPlan
 from boreal.rpc import control_pb2
 from boreal.types import Epoch, Lsn, Timeline, format_lsn
 from compute_node import bundle
+from compute_node.bundle_choice import BundleChoice
+from compute_node.cache import BoundedCache, RelationFiles, keep_within
 from compute_node.config import ADMIN, SHIPPER_NAME, SLOT, ComputeConfig
 from compute_node.feed import Feed
 from compute_node.fleet import BundlePut, Fleet
+from compute_node.floors import Floors
 from compute_node.life import Life, LifeState
 from compute_node.log_source import LogSource, view_log
 from compute_node.page_service import PageService
@@ -55,6 +59,7 @@ _BUNDLE_AGE_S = 30.0
 _BUNDLE_LEAST_BYTES = 64 * 1024
 """... or after so long, if there was so much: a bundle's own checkpoint is not worth another."""
 _FINAL_BUNDLE_S = 20.0
+_FLOORS_S = 0.3
 _REPLAY_POLL_S = 0.01
 _RETRY_S = 0.2
 _CREATION_EPOCH = Epoch(1)
@@ -69,18 +74,26 @@ class Instance:
     """
 
     def __init__(
-        self, config: ComputeConfig, engine: Engine, shim: Path, fleet: Fleet, life: Life
+        self,
+        config: ComputeConfig,
+        engine: Engine,
+        shim: Path,
+        fleet: Fleet,
+        life: Life,
+        choice: BundleChoice,
     ) -> None:
         self._config = config
         self._engine = engine
         self._fleet = fleet
         self._life = life
+        self._choice = choice
         self._postgres = Postgres(config, engine, shim)
         self._stop_requested = asyncio.Event()
         self._bundling = asyncio.Lock()
         self._fenced: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._plan: RecoveryPlan | None = None
-        self._bundle_end = Lsn(0)
+        self._bundle_end = self._restored_redo = Lsn(0)
+        self._floors: Floors | None = None
         self._source: LogSource | None = None
         self.shipper: Shipper | None = None
 
@@ -166,6 +179,8 @@ class Instance:
             order = group.create_task(write_order(), name="write order")
             stop = group.create_task(self._stop_requested.wait(), name="stop")
             helpers += [order, stop]
+            if self._config.cache_bytes:
+                helpers.append(group.create_task(self._bound_cache(pages), name="cache"))
             await asyncio.wait({order, stop}, return_when=asyncio.FIRST_COMPLETED)
             if order.done() and not stop.done():
                 helpers += await self._become_writer(group, source, pages, order.result())
@@ -177,12 +192,22 @@ class Instance:
             await pages.close()
             await feed.close()
 
+    async def _bound_cache(self, pages: PageService) -> None:
+        config = self._config
+        files = RelationFiles(config.pgdata)
+        bounded = BoundedCache(files, pages.losses, config.cache_bytes)
+        await keep_within(bounded, self._postgres, self._fleet, pages, self._life)
+
     async def _restore(self) -> LogSource:
         while True:
             try:
                 view = view_log(await self._fleet.positions())
-                manifest = await self._fleet.latest_bundle()
+                manifest = await self._fleet.latest_bundle(self._choice.max_end)
                 break
+            except NoBundle:
+                if not self._choice.max_end:
+                    raise
+                self._choice.begin_again()
             except QuorumUnavailable as error:
                 _log.warning("waiting for storage nodes", reason=error.message)
                 await asyncio.sleep(_RETRY_S)
@@ -192,9 +217,10 @@ class Instance:
                 "but made no pages, so it cannot be served again. Use another --data-dir"
             )
         self._fleet.follow_lineage(view.lineage.last.epoch)
+        self._bundle_end = manifest.end
         written = await bundle.restore(manifest, self._fleet, self._config.pgdata, self._engine)
         write_configuration(self._config, self._engine)
-        self._bundle_end = manifest.end
+        self._restored_redo = manifest.redo
         _log.info(
             "restored",
             redo=format_lsn(manifest.redo),
@@ -260,11 +286,15 @@ class Instance:
             group.create_task(self.shipper.run(), name="shipper"),
             group.create_task(self._ship(stream, self.shipper, plan), name="ship"),
         ]
+        self._floors = Floors(start=plan.end, restored_redo=self._restored_redo)
         pages.become_writer(plan.end)
         await self._postgres.promote()
         await self._postgres.admit_clients()
         self._life.become(LifeState.WRITER, f"promoted at {format_lsn(plan.end)}")
-        tasks.append(group.create_task(self._keep_bundles(), name="bundles"))
+        tasks += [
+            group.create_task(self._keep_bundles(), name="bundles"),
+            group.create_task(self._keep_floors(self.shipper, self._floors, pages), name="floors"),
+        ]
         return tasks
 
     async def _replayed(self, end: Lsn) -> None:
@@ -311,6 +341,16 @@ class Instance:
             relief.cancel()
             await stream.close()
 
+    async def _keep_floors(self, shipper: Shipper, floors: Floors, pages: PageService) -> None:
+        """Let storage forget what nobody will ask for again."""
+        while True:
+            before = floors.read_point
+            floors.advance(shipper.held_everywhere)
+            if floors.read_point > before:
+                pages.advance_read_point(floors.read_point)
+            shipper.set_pgmrpl(floors.pgmrpl)
+            await asyncio.sleep(_FLOORS_S)
+
     # --- bundles ---------------------------------------------------------------------------------
 
     async def _keep_bundles(self) -> None:
@@ -353,6 +393,8 @@ class Instance:
                 )
             put = await taken.store(self._fleet)
             self._bundle_end = taken.end
+            if self._floors is not None:
+                self._floors.bundle_stored(taken.redo)
             _log.info(
                 "bundle stored",
                 redo=format_lsn(taken.redo),

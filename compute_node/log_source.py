@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import structlog
 
@@ -20,6 +21,13 @@ _RETRY_S = 0.2
 _READ_ATTEMPTS = 50
 
 
+class Held(NamedTuple):
+    """The stretch of the log that a node has."""
+
+    start: Lsn
+    scl: Lsn
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogView:
     """The log as a read quorum of storage nodes tells of it."""
@@ -28,8 +36,8 @@ class LogView:
     materialize: bool
     """Whether storage makes pages of this log."""
     lineage: Lineage
-    holders: Mapping[NodeName, Lsn]
-    """The SCLs of the nodes that follow the lineage: the only ones to read the log from."""
+    holders: Mapping[NodeName, Held]
+    """What the nodes have that follow the lineage: the only ones to read the log from."""
 
 
 def view_log(positions: Mapping[NodeName, SegmentPosition]) -> LogView:
@@ -47,7 +55,7 @@ def view_log(positions: Mapping[NodeName, SegmentPosition]) -> LogView:
         system_identifier=newest.system_identifier,
         materialize=newest.materialize,
         lineage=lineage,
-        holders={name: state.scl for name, state in states.items()},
+        holders={name: Held(state.start, state.scl) for name, state in states.items()},
     )
 
 
@@ -86,7 +94,9 @@ class LogSource:
     async def read(self, start: Lsn, end: Lsn) -> bytes:
         """The log's bytes [start, end), from any node that has them."""
         for _ in range(_READ_ATTEMPTS):
-            for name in [name for name, scl in self._view.holders.items() if scl >= end]:
+            for name, held in self._view.holders.items():
+                if not held.start <= start < end <= held.scl:
+                    continue
                 try:
                     return await self._fleet.read_log(start, end, node=name)
                 except StaleEpoch:

@@ -1,22 +1,32 @@
 """The agent's end of the page shim: pages for its PostgreSQL, over a unix socket.
 
-The protocol. Each PostgreSQL process has a connection of its own and one request under way on it.
-Both messages are C structs of the machine's byte order (`boreal_shim.c` has the same two):
-
-    request, 32 bytes   magic u32 · operation u8 · fork u8 · in_recovery u8 · 0 u8
-                        · tablespace u32 · database u32 · relation u32 · block u32 · lsn u64
-    answer, 8 bytes     magic u32 · outcome u32; with PAGE, the 8192 bytes of the page follow
-
-GET_PAGE is answered with PAGE, ZEROS (the fork has no such block) or FAILED; CUT (the fork loses
-every block from `block` on) with DONE or FAILED. FAILED becomes EIO; our log says why.
+What is said there is in `compute_node.page_protocol`.
 
 Which version of a page. For a reader, whose `lsn` is its replay LSN, exactly that one: a page must
 not come from the future. For a writer `lsn` is where it inserts, and storage may not have come so
-far, nor need it: a block missing in its files was not changed by this writer (what it changes it
-never drops), so any LSN from the start of its epoch on gives the same page. We take the *read
-point*, which is durable. Except that the writer may have cut the relation since, which the read
-point does not show; hence the reports of cuts, each with an LSN at or past the end of the record
-that tells of it.
+far, nor need it: a block missing in its files was not changed by this writer since the *read point*
+(what it changes it keeps, unless `compute_node.cache` evicts it, which moves the read point first),
+so any later LSN gives the same page. We take the read point, which is durable. Except that the
+writer may have cut the relation since, which the read point does not show; hence the reports of
+cuts, each with an LSN at or past the end of the record that tells of it.
+
+Why a page may be fetched before it is missed, and by another process. PostgreSQL misses a block
+when it is in no buffer and reads as zeros in the file. What changes a page, be it a backend or
+redo, reads it first or makes it anew, in both cases in a buffer, which is written to the file
+before it is given up. So a block that is missed was changed by nobody here since the file was laid
+out, or since the block was last cut off or evicted. All versions from that moment up to now are
+then one and the same.
+
+- A reader: let a page be fetched at the replay LSN X and used when PostgreSQL misses it at Y. If no
+  loss was counted in between, redo touched it nowhere between X and Y (or between Y and X: requests
+  may overtake one another), or it would be in the file. So it is the page as of Y too.
+- A writer: the read point R of the fetch and that of the miss may differ, for the same reason
+  without effect.
+
+Losses are counted in `compute_node.losses`, and what was fetched before the count changed is not
+used. A process reads the count before it reads where it stands, so a page as of before a cut never
+passes for one fetched after it. For an eviction the read point moves first, then the count, then
+the page goes: what is fetched under the new count has all that was evicted.
 """
 
 from __future__ import annotations
@@ -24,38 +34,39 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import struct
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import structlog
 
 from boreal.engine import Account
 from boreal.errors import BadUsage, BorealError, Internal, MalformedRequest, NotWriter, StaleEpoch
-from boreal.types import (
-    PAGE_BYTES,
-    BlockNumber,
-    Epoch,
-    Fork,
-    Lsn,
-    PageKey,
-    RelationFork,
-    format_lsn,
+from boreal.types import BlockNumber, Epoch, Lsn, PageKey, RelationFork, format_lsn
+from compute_node.losses import Losses
+from compute_node.page_protocol import (
+    MAX_WINDOW,
+    REQUEST_BYTES,
+    Operation,
+    Outcome,
+    Run,
+    ShimRequest,
+    answer,
+    answer_pages,
 )
+from compute_node.prefetch import ReadAhead
 from compute_node.shim import MAX_SOCKET_PATH_BYTES
 
 MAX_UNDER_WAY = 64
-"""Pages asked of storage at a time; more requests wait their turn."""
+"""Requests for pages under way to storage at a time; more wait their turn."""
 ANSWER_WITHIN_S = 45.0
 """Bound on one answer, all waiting included. The shim itself gives up after 60 s."""
+AHEAD_PAGES = 2 * MAX_WINDOW
+"""How far the agent fetches ahead of a sequential reader, beyond what that has asked for."""
 
-_MAGIC = 0x31534742
-_REQUEST = struct.Struct("=IBBBxIIIIQ")
-_ANSWER = struct.Struct("=II")
 _BACKLOG = 1024
 _EPOCH_REFRESHES = 3
 _LSN_UNKNOWN = Lsn(2**64 - 1)
@@ -63,66 +74,13 @@ _LSN_UNKNOWN = Lsn(2**64 - 1)
 _log = structlog.get_logger(__name__)
 
 
-class Operation(IntEnum):
-    """What a PostgreSQL process asks for."""
-
-    GET_PAGE = 1
-    CUT = 2
-
-
-class Outcome(IntEnum):
-    """What it is answered."""
-
-    FAILED = 0
-    PAGE = 1
-    ZEROS = 2
-    DONE = 3
-
-
-class ShimRequest(NamedTuple):
-    """One request of the shim. `lsn` is the replay LSN in recovery, the insert LSN past it."""
-
-    operation: Operation
-    key: PageKey
-    in_recovery: bool
-    lsn: Lsn
-
-    def pack(self) -> bytes:
-        """As it travels."""
-        relation, block = self.key
-        tablespace, database, number, fork = relation
-        return _REQUEST.pack(
-            _MAGIC,
-            self.operation,
-            fork,
-            self.in_recovery,
-            tablespace,
-            database,
-            number,
-            block,
-            self.lsn,
-        )
-
-    @classmethod
-    def unpack(cls, data: bytes) -> ShimRequest:
-        """Read one; MalformedRequest if it is none."""
-        magic, operation, fork, in_recovery, tablespace, database, relation, block, lsn = (
-            _REQUEST.unpack(data)
-        )
-        if magic != _MAGIC:
-            raise MalformedRequest("the peer does not speak the page shim's protocol")
-        try:
-            key = PageKey(RelationFork(tablespace, database, relation, Fork(fork)), block)
-            return cls(Operation(operation), key, bool(in_recovery), Lsn(lsn))
-        except ValueError as error:
-            raise MalformedRequest(f"not a request of the page shim: {error}") from error
-
-
 class PageSource(Protocol):
     """Where pages come from: `compute_node.fleet.Fleet`."""
 
-    async def get_page(self, key: PageKey, lsn: Lsn) -> bytes | None:
-        """One page as of `lsn`, which is durable; None if the fork had no such block then."""
+    async def get_pages(
+        self, relation: RelationFork, first: BlockNumber, count: int, lsn: Lsn
+    ) -> list[bytes | None]:
+        """Consecutive pages as of `lsn`, which is durable; None for what the fork had not then."""
 
     def raise_epoch(self, epoch: Epoch) -> None:
         """Act under `epoch` from now on, if it is newer."""
@@ -146,10 +104,10 @@ class Cuts:
         block, latest = self._cuts.get(first.relation, (first.block, lsn))
         self._cuts[first.relation] = (min(block, first.block), max(latest, lsn))
 
-    def hide(self, key: PageKey) -> bool:
-        """Whether the page was cut off."""
-        cut = self._cuts.get(key.relation)
-        return cut is not None and key.block >= cut[0]
+    def left(self, run: Run) -> int:
+        """How many of the first pages of the run were not cut off."""
+        cut = self._cuts.get(run.fork)
+        return run.blocks if cut is None else min(max(cut[0] - run.first, 0), run.blocks)
 
     def forget(self, read_point: Lsn) -> None:
         """Storage, read at `read_point`, shows every cut up to it."""
@@ -160,12 +118,16 @@ class Cuts:
 class PageCounters:
     """What the service did since it started."""
 
+    requests: int = 0
+    """For pages; each is answered with one or more."""
     pages: int = 0
     zeros: int = 0
+    ahead: int = 0
+    """Requests answered with what had been fetched ahead."""
     cuts: int = 0
     failures: int = 0
     busy_us: int = 0
-    """Time spent on pages and zeros, waiting included, summed over the requests."""
+    """Time spent on requests for pages, waiting included, summed."""
     slowest_us: int = 0
 
 
@@ -187,22 +149,29 @@ class PageService:
         on_fenced: Callable[[StaleEpoch], None] | None = None,
     ) -> PageService:
         """Listen on `socket` for processes of `account`; replace what a predecessor left there."""
-        service = cls(source, on_fenced)
+        listener = _bind(socket, account)
+        service = cls(source, Losses(socket, account), on_fenced)
         service._server = await asyncio.get_running_loop().create_unix_server(
-            lambda: _Connection(service), sock=_bind(socket, account), backlog=_BACKLOG
+            lambda: _Connection(service), sock=listener, backlog=_BACKLOG
         )
         return service
 
     def __init__(
-        self, source: PageSource, on_fenced: Callable[[StaleEpoch], None] | None = None
+        self,
+        source: PageSource,
+        losses: Losses,
+        on_fenced: Callable[[StaleEpoch], None] | None = None,
     ) -> None:
         self._source = source
         self._on_fenced = on_fenced
         self._read_point: Lsn | None = None
+        self._asked_at: Counter[Lsn] = Counter()
         self._cuts = Cuts()
         self._turns = asyncio.Semaphore(MAX_UNDER_WAY)
         self._connections: set[_Connection] = set()
         self._server: asyncio.Server | None = None
+        self.losses = losses
+        self._ahead = ReadAhead(self._storage, losses.count)
         self.counters = PageCounters()
 
     async def close(self) -> None:
@@ -211,6 +180,8 @@ class PageService:
             self._server.close()
         tasks = [task for connection in self._connections if (task := connection.drop())]
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._ahead.close()
+        self.losses.close()
 
     @property
     def read_point(self) -> Lsn | None:
@@ -225,11 +196,31 @@ class PageService:
         _log.info("pages are served to a writer", read_point=format_lsn(read_point))
 
     def advance_read_point(self, read_point: Lsn) -> None:
-        """Read a writer's pages at a later durable LSN, so that storage may drop older versions."""
-        if self._read_point is None or read_point < self._read_point:
-            raise Internal(f"the read point cannot become {format_lsn(read_point)}")
+        """Read a writer's pages at a later durable LSN, so that storage may drop older versions.
+
+        An LSN that is not later changes nothing: several have reasons to move it.
+        """
+        if self._read_point is None:
+            raise Internal("only a writer has a read point")
+        if read_point <= self._read_point:
+            return
         self._read_point = read_point
         self._cuts.forget(read_point)
+
+    @property
+    def oldest_read(self) -> Lsn | None:
+        """No page will be asked of storage below it again; None for a reader that asks for none."""
+        asked = [lsn for lsn, count in self._asked_at.items() if count]
+        if self._read_point is not None:
+            asked.append(self._read_point)
+        return min(asked, default=None)
+
+    # --- requests --------------------------------------------------------------------------------
+
+    def hint(self, request: ShimRequest) -> None:
+        """PostgreSQL will miss this page soon. Raises nothing."""
+        if self._cuts.left(Run(request.key.relation, request.key.block, 1)):
+            self._ahead.hint(request.key, request.lsn, request.losses)
 
     async def answer(self, request: ShimRequest) -> bytes:
         """The answer as it travels. Raises nothing: FAILED says it, the log says why."""
@@ -249,71 +240,105 @@ class PageService:
                 why=str(error) or f"no answer within {ANSWER_WITHIN_S:g} s",
                 exc_info=None if expected else error,
             )
-            return _head(Outcome.FAILED)
+            return answer(Outcome.FAILED)
 
     async def _carry_out(self, request: ShimRequest) -> bytes:
+        if self._read_point is None and not request.in_recovery:
+            raise NotWriter("PostgreSQL is past recovery, but was not made the writer here")
         if request.operation is Operation.CUT:
             self._record_cut(request)
-            return _head(Outcome.DONE)
+            return answer(Outcome.DONE)
         started_ns = time.perf_counter_ns()
-        page = await self._page(request)
+        pages = await self._pages(request)
         took_us = (time.perf_counter_ns() - started_ns) // 1000
         counters = self.counters
+        zeros = pages.count(None)
+        counters.requests += 1
         counters.busy_us += took_us
         counters.slowest_us = max(counters.slowest_us, took_us)
-        if page is None:
-            counters.zeros += 1
-            return _head(Outcome.ZEROS)
-        if len(page) != PAGE_BYTES:
-            raise Internal(f"a page of {len(page)} bytes came for {request.key}")
-        counters.pages += 1
-        return _PAGE_HEAD + page
+        counters.zeros += zeros
+        counters.pages += len(pages) - zeros
+        return answer_pages(pages)
 
     def _record_cut(self, request: ShimRequest) -> None:
-        if self._writers_read_point(request) is None:
+        if self._read_point is None:
             return  # redo of a cut: storage shows it at the LSN that readers ask at
         # Local recovery of a writer replays cuts too, before it counts their records as replayed.
         lsn = _LSN_UNKNOWN if request.in_recovery else request.lsn
         self._cuts.record(request.key, lsn)
         self.counters.cuts += 1
 
-    async def _page(self, request: ShimRequest) -> bytes | None:
-        read_point = self._writers_read_point(request)
-        if read_point is None:
-            return await self._readers_page(request.key, request.lsn)
-        return await self._writers_page(request.key, read_point)
+    async def _pages(self, request: ShimRequest) -> list[bytes | None]:
+        """Pages from `request.key` on: as many as were asked for, or fewer, but one at least."""
+        run = Run(*request.key, request.window)
+        if not self._cuts.left(run):
+            return [None] * run.blocks
+        if run.blocks > 1:  # a sequential reader: the next window while it consumes this one
+            following = BlockNumber(run.first + run.blocks)
+            ahead = Run(run.fork, following, min(2 * run.blocks, AHEAD_PAGES))
+            self._ahead.want(ahead, request.lsn, request.losses)
+        if pages := await self._ahead.take(run):
+            self.counters.ahead += 1
+        else:
+            pages = await self._asked_for(run, request.lsn)
+        left = self._cuts.left(run)  # now: it may have been cut while we waited
+        return [page if position < left else None for position, page in enumerate(pages)]
 
-    def _writers_read_point(self, request: ShimRequest) -> Lsn | None:
-        """None for a reader."""
-        if self._read_point is None and not request.in_recovery:
-            raise NotWriter("PostgreSQL is past recovery, but was not made the writer here")
-        return self._read_point
+    async def _asked_for(self, run: Run, lsn: Lsn) -> list[bytes | None]:
+        """The run, or at least its first page: what is wrong with another is not its fault."""
+        try:
+            async with self._turns:
+                return await self._storage(run, lsn)
+        except StaleEpoch:
+            raise
+        except BorealError:
+            if run.blocks == 1:
+                raise
+        async with self._turns:
+            return await self._storage(run._replace(blocks=1), lsn)
 
-    async def _readers_page(self, key: PageKey, lsn: Lsn) -> bytes | None:
+    # --- storage ---------------------------------------------------------------------------------
+
+    async def _storage(self, run: Run, lsn: Lsn) -> list[bytes | None]:
+        """Pages for a PostgreSQL that stands at `lsn`."""
+        if self._read_point is not None:
+            return await self._read_as_writer(run)
         if lsn == 0:
             raise MalformedRequest("a page was asked for before the replay LSN was known")
         refreshes = 0
-        async with self._turns:
-            while True:
-                try:
-                    # What was replayed is durable: readers are fed up to the VDL only.
-                    return await self._source.get_page(key, lsn)
-                except StaleEpoch as error:
-                    refreshes += 1
-                    if refreshes > _EPOCH_REFRESHES:
-                        raise
-                    self._source.raise_epoch(Epoch(error.details["promised_epoch"]))
+        while True:
+            try:
+                # What was replayed is durable: readers are fed up to the VDL only.
+                return await self._read(run, lsn)
+            except StaleEpoch as error:
+                refreshes += 1
+                if refreshes > _EPOCH_REFRESHES:
+                    raise
+                self._source.raise_epoch(Epoch(error.details["promised_epoch"]))
 
-    async def _writers_page(self, key: PageKey, read_point: Lsn) -> bytes | None:
-        if self._cuts.hide(key):
-            return None
+    async def _read_as_writer(self, run: Run) -> list[bytes | None]:
+        while True:
+            read_point = self._read_point
+            if read_point is None:
+                raise Internal("a writer without a read point")
+            try:
+                return await self._read(run, read_point)
+            except StaleEpoch as error:
+                if self._on_fenced is not None:
+                    self._on_fenced(error)
+                raise
+            except BorealError:
+                if read_point == self._read_point:
+                    raise  # else storage may have dropped that version: the new one will do
+
+    async def _read(self, run: Run, lsn: Lsn) -> list[bytes | None]:
+        self._asked_at[lsn] += 1
         try:
-            async with self._turns:
-                return await self._source.get_page(key, read_point)
-        except StaleEpoch as error:
-            if self._on_fenced is not None:
-                self._on_fenced(error)
-            raise
+            return await self._source.get_pages(*run, lsn)
+        finally:
+            self._asked_at[lsn] -= 1
+            if not self._asked_at[lsn]:
+                del self._asked_at[lsn]
 
     # --- connections report themselves -----------------------------------------------------------
 
@@ -327,7 +352,7 @@ class PageService:
 
 
 class _Connection(asyncio.Protocol):
-    """One PostgreSQL process. Holds at most one request; a peer that sends more is cut off."""
+    """One PostgreSQL process. Holds one request; a peer that sends a second one is cut off."""
 
     def __init__(self, service: PageService) -> None:
         self._service = service
@@ -345,18 +370,22 @@ class _Connection(asyncio.Protocol):
             self._task.cancel()
 
     def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        if len(self._buffer) < _REQUEST.size:
-            return
+        buffer = self._buffer + data
+        whole = len(buffer) - len(buffer) % REQUEST_BYTES
+        self._buffer = buffer[whole:]
         try:
-            if self._task is not None or len(self._buffer) > _REQUEST.size:
-                raise MalformedRequest("a second request came while one was under way")
-            request = ShimRequest.unpack(self._buffer)
+            for at in range(0, whole, REQUEST_BYTES):
+                self._received(ShimRequest.unpack(buffer, at))
         except MalformedRequest as error:
             _log.warning("a page connection is dropped", why=error.message)
             self.drop()
+
+    def _received(self, request: ShimRequest) -> None:
+        if request.operation is Operation.PREFETCH:
+            self._service.hint(request)
             return
-        self._buffer = b""
+        if self._task is not None:
+            raise MalformedRequest("a second request came while one was under way")
         self._task = asyncio.get_running_loop().create_task(self._respond(request))
 
     async def _respond(self, request: ShimRequest) -> None:
@@ -387,10 +416,3 @@ def _bind(path: Path, account: Account) -> socket.socket:
     path.chmod(0o600)
     account.own(path)
     return listener
-
-
-def _head(outcome: Outcome) -> bytes:
-    return _ANSWER.pack(_MAGIC, outcome)
-
-
-_PAGE_HEAD = _head(Outcome.PAGE)

@@ -25,9 +25,9 @@ from compute_node.config import ADMIN, DATABASE, MASTER, SHIPPER_NAME, ComputeCo
 
 _log = structlog.get_logger(__name__)
 
-AFTER_IMAGES = "heap,heap2,btree,gin,gist,sequence,spgist,brin,generic"
-"""Resource managers whose records carry after-images, from which storage makes pages. All that can
-have them but hash: under concurrency stock 16.14 writes hash records with a wrong CRC then."""
+AFTER_IMAGES = "gin,spgist"
+"""Resource managers whose records carry an image of each page after the change, which storage takes
+for the page. For all others it has PostgreSQL's redo (storage_node/redo)."""
 
 _READY_TIMEOUT_S = 120
 _READY_POLL_S = 0.01
@@ -57,6 +57,12 @@ def _settings(config: ComputeConfig) -> dict[str, str]:
         "wal_receiver_timeout": "0",
         "wal_retrieve_retry_interval": "100ms",
         "recovery_target_timeline": "latest",
+        # Hints of what will be read soon let the page service fetch it in time: those of bitmap
+        # scans, and of redo, which looks ahead in the WAL it has received.
+        "effective_io_concurrency": "32",
+        "maintenance_io_concurrency": "64",
+        "recovery_prefetch": "try",
+        "wal_decode_buffer_size": "4MB",
         # Local files are a cache: durability and page checksums are the storage nodes' work.
         "fsync": "off",
         "full_page_writes": "off",
@@ -175,7 +181,11 @@ class Postgres:
     def start(self) -> None:
         """Start the postmaster. It reads pages through the shim from its first instruction."""
         environment = self._engine.environment(
-            shim.environment(self._shim, self._config.page_socket)
+            shim.environment(
+                self._shim,
+                self._config.page_socket,
+                cache_limited=self._config.cache_bytes > 0,
+            )
         )
         # Not through the event loop: uvloop cannot start a child as another account.
         self._process = subprocess.Popen(
@@ -280,37 +290,6 @@ async def make_durable(connection: psycopg.AsyncConnection[tuple[object, ...]]) 
     # record it would not wait (RecordTransactionCommit, access/transam/xact.c); hence the message.
     await connection.execute("select pg_logical_emit_message(true, 'boreal', 'durable')")
     return end
-
-
-_HASH_INDEXES = 405
-"""HASH_AM_OID, pg_am.dat."""
-
-
-def refuse_hash_indexes_sql() -> str:
-    """The statements that keep hash indexes out of a database. One statement a line.
-
-    Their records carry no after-images, so storage cannot make their pages yet; and PostgreSQL's
-    startup process would need those to replay the next change, so that one such index would keep
-    every later compute node from starting.
-    """
-    return "\n".join(
-        [
-            "create schema boreal_internal;",
-            (
-                "create function boreal_internal.refuse_hash_indexes() returns event_trigger"
-                " language plpgsql as $$ begin"
-                f" if exists (select from pg_catalog.pg_class where relam = {_HASH_INDEXES}) then"
-                " raise exception 'hash indexes are not supported yet'"
-                " using errcode = 'feature_not_supported', hint = 'Use a btree index.';"
-                " end if; end $$;"
-            ),
-            (
-                "create event trigger boreal_no_hash_indexes on ddl_command_end"
-                " execute function boreal_internal.refuse_hash_indexes();"
-            ),
-            "",
-        ]
-    )
 
 
 def create_roles_sql(password: str) -> str:

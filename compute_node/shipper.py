@@ -134,6 +134,11 @@ class Shipper:
         return self._outbox.vdl
 
     @property
+    def held_everywhere(self) -> Lsn | None:
+        """Every node of the volume has the log up to here; None: one has not been heard of."""
+        return self._outbox.held_everywhere
+
+    @property
     def full(self) -> bool:
         """Whether what waits for a quorum filled the window, and has not half drained since."""
         return not self._room.is_set()
@@ -172,12 +177,12 @@ class Shipper:
     @property
     def shipped_bytes(self) -> int:
         """Bytes of log sent, over all nodes."""
-        return sum(link.report.shipped_bytes for link in self._links.values())
+        return sum(link.shipped_bytes for link in self._links.values())
 
     @property
     def batches(self) -> int:
         """Batches of log sent, over all nodes."""
-        return sum(link.report.batches for link in self._links.values())
+        return sum(link.batches for link in self._links.values())
 
     def _start(self, link: StorageLink) -> None:
         if self._group is not None:

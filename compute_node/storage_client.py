@@ -241,6 +241,29 @@ class StorageClient:
             raise CorruptData(f"{self.name} sent {len(pages)} of {count} pages of {relation}")
         return pages
 
+    async def digest_pages(
+        self,
+        on: VolumeEpoch,
+        ranges: Iterable[tuple[RelationFork, int, int]],
+        *,
+        lsn: Lsn,
+        lineage_epoch: Epoch,
+        within_s: float,
+    ) -> bytes:
+        """`boreal.pages.digest_pages` of what `get_pages` would return for all the ranges in turn,
+        each (fork, first block, count); MAX_PAGES_PER_CALL pages at most."""
+        request = storage_pb2.DigestPagesRequest(
+            volume=volume_ref(*on),
+            ranges=(
+                storage_pb2.PageRange(fork=fork_to_wire(fork), first_block=first, count=count)
+                for fork, first, count in ranges
+            ),
+            lsn=lsn,
+            lineage_epoch=lineage_epoch,
+        )
+        with calling(self.name, "DigestPages"):
+            return (await self._pages.DigestPages(request, timeout=within_s)).sha256
+
     async def list_relations(
         self, on: VolumeEpoch, *, lsn: Lsn, lineage_epoch: Epoch, within_s: float
     ) -> dict[RelationFork, int]:
@@ -336,11 +359,12 @@ def _position(wire: storage_pb2.Position) -> SegmentPosition:
 def _split(
     images: storage_pb2.PageImages, node: NodeName, relation: RelationFork
 ) -> Iterator[bytes | None]:
-    if len(images.pages) != PAGE_BYTES * len(images.exists):
+    pages = images.pages  # once: each access copies the field
+    if len(pages) != PAGE_BYTES * len(images.exists):
         raise CorruptData(f"{node} sent pages of {relation} that are not whole")
     for position, exists in enumerate(images.exists):
         start = position * PAGE_BYTES
-        yield images.pages[start : start + PAGE_BYTES] if exists else None
+        yield pages[start : start + PAGE_BYTES] if exists else None
 
 
 def _import_requests(

@@ -1,287 +1,367 @@
-"""`boreal verify`: are the pages that storage materializes PostgreSQL's own?
+"""`boreal verify`: are the pages that storage materializes PostgreSQL's own, on every node?
 
 After a checkpoint every page this writer ever changed lies in its local files, as PostgreSQL wrote
-it. Each is compared with what each storage node materializes from the log at that moment, under
-PostgreSQL's own masks for what is not in the WAL (hint bits, unused space). Blocks PostgreSQL
-never touched are not in its files; for those the storage nodes are compared with each other.
+it. The pages as of that moment are asked of one node, the nodes taking turns run by run, and
+compared under PostgreSQL's own masks for what is not in the WAL (hint bits, unused space). All
+other nodes tell a digest of the run's raw pages: redo is deterministic, so whoever follows the same
+log has the same bytes. Where digests differ, the odd nodes' pages are fetched too and each block
+that differs is named.
+
+Blocks PostgreSQL never touched are not in its files, and storage keeps forks that no catalog names
+(orphans): there the nodes are compared with each other only.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import Any, TypeVar
 
-import psycopg
-
-from boreal.errors import BorealError, CorruptData
-from boreal.pages import PageKind, is_zero, mask_page, page_lsn, same_page
+from boreal.errors import BorealError
+from boreal.pages import digest_pages
 from boreal.rpc import compute_pb2
 from boreal.rpc.edge import fork_to_wire
-from boreal.types import (
-    PAGE_BYTES,
-    RELATION_SEGMENT_BLOCKS,
-    BlockNumber,
-    Fork,
-    Lsn,
-    NodeName,
-    RelationFork,
-    format_lsn,
-)
-from compute_node import pgdata
+from boreal.types import BlockNumber, Lsn, NodeName, RelationFork
+from compute_node.compare import Comparer, PageFault, disagreements
+from compute_node.fleet import Fleet
 from compute_node.instance import Instance
 from compute_node.postgres import make_durable
+from compute_node.verify_nodes import VerifyNodes, split_by_majority
+from compute_node.verify_targets import (
+    Piece,
+    Run,
+    Target,
+    catalogued,
+    local_blocks,
+    runs,
+    with_storage,
+)
 
-_CHUNK_BLOCKS = 64
-_ZERO_PAGE = bytes(PAGE_BYTES)
+_T = TypeVar("_T")
 _ATTEMPTS = 3
 """A page that differs is looked at again after a checkpoint: it may just have been written."""
-
-_RELATIONS = """
-select quote_ident(n.nspname) || '.' || quote_ident(c.relname), pg_relation_filenode(c.oid),
-       c.relisshared, c.relpersistence::text, coalesce(a.amname, ''), c.relkind::text
-  from pg_class c join pg_namespace n on n.oid = c.relnamespace left join pg_am a on a.oid = c.relam
- where pg_relation_filenode(c.oid) is not null and c.relpersistence <> 't'
- order by 1
-"""
+_RUNS_A_NODE = 2
+"""Under way at once, so that no node waits for the others."""
+_COMPARERS = max(1, min(2, (os.cpu_count() or 1) // 2))
+_PROGRESS_PAGES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Target:
-    """One relation fork to compare."""
+class Difference:
+    """What one node has otherwise."""
 
-    database: str
-    name: str
-    fork: RelationFork
-    kind: PageKind
-    blocks: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Difference:
     node: NodeName
+    target: Target
     block: BlockNumber
     reason: str
 
-
-def _kind(fork: Fork, access_method: str, relkind: str) -> PageKind:
-    if fork is Fork.VM:
-        return PageKind.VISIBILITY_MAP
-    if relkind == "S":
-        return PageKind.SEQUENCE
-    known = {kind.value: kind for kind in PageKind}
-    return known.get(access_method, PageKind.GENERIC)
-
-
-def _fork_blocks(path: Path, fork: RelationFork) -> int | None:
-    """The length of a fork's files in blocks; None if there is no such file."""
-    blocks = None
-    segment = 0
-    while (file := path / pgdata.relation_path(fork, segment)).exists():
-        blocks = segment * RELATION_SEGMENT_BLOCKS + file.stat().st_size // PAGE_BYTES
-        segment += 1
-    return blocks
+    def event(self) -> compute_pb2.VerifyEvent:
+        """As it is told to who asked."""
+        return compute_pb2.VerifyEvent(
+            difference=compute_pb2.PageDifference(
+                node=self.node,
+                database=self.target.database,
+                relation=self.target.name,
+                fork=fork_to_wire(self.target.fork),
+                block=self.block,
+                reason=self.reason,
+            )
+        )
 
 
-def _read_local(path: Path, fork: RelationFork, first: int, count: int) -> list[bytes]:
-    """Blocks [first, first + count) of one segment, as they lie in the local files."""
-    segment, block = divmod(first, RELATION_SEGMENT_BLOCKS)
-    with (path / pgdata.relation_path(fork, segment)).open("rb") as file:
-        file.seek(block * PAGE_BYTES)
-        content = file.read(count * PAGE_BYTES)
-    return [content[at : at + PAGE_BYTES] for at in range(0, count * PAGE_BYTES, PAGE_BYTES)]
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What the nodes told of one run."""
+
+    pages: dict[NodeName, list[list[bytes | None]]] = field(default_factory=dict)
+    """Of each piece."""
+    digests: dict[NodeName, bytes] = field(default_factory=dict)
+    failures: dict[NodeName, tuple[Piece, BorealError]] = field(default_factory=dict)
 
 
-def differences(
-    kind: PageKind,
-    first: BlockNumber,
-    local: Sequence[bytes],
-    stored: Mapping[NodeName, Sequence[bytes | None]],
-) -> list[_Difference]:
-    """Compare one run of blocks. Pure.
+class Verification:
+    """One comparison of everything: of the files below `path` with what `nodes` have.
 
-    `local` blocks that are short or all zero are not in the local file: there the first node speaks
-    for PostgreSQL. A stored None is a block storage does not have; zeros are its equal.
+    `checkpoint` brings PostgreSQL's pages to its files, and returns an LSN up to which the log of
+    them is durable.
     """
-    found = []
-    for index, mine in enumerate(local):
-        here = len(mine) == PAGE_BYTES and not is_zero(mine)
-        reference = mine if here else None
-        for node, pages in stored.items():
-            theirs = pages[index] or _ZERO_PAGE
-            reference = theirs if reference is None else reference
-            block = BlockNumber(first + index)
-            reason = _difference(reference, theirs, kind, block)
-            if reason:
-                found.append(_Difference(node=node, block=block, reason=reason))
-    return found
 
-
-def _difference(expected: bytes, got: bytes, kind: PageKind, block: BlockNumber) -> str:
-    """What is wrong with `got`; empty if nothing is."""
-    if expected == got:
-        return ""
-    try:
-        same = same_page(got, expected, kind, block)
-    except CorruptData as error:
-        return error.message
-    return "" if same else _describe(expected, got, kind, block)
-
-
-def _describe(expected: bytes, got: bytes, kind: PageKind, block: BlockNumber) -> str:
-    if is_zero(got):
-        return "storage has zeros"
-    ours, theirs = bytearray(expected), bytearray(got)
-    mask_page(ours, kind, block)
-    mask_page(theirs, kind, block)
-    at = [index for index in range(PAGE_BYTES) if ours[index] != theirs[index]]
-    lsns = f"PostgreSQL's LSN {format_lsn(page_lsn(expected))}, {format_lsn(page_lsn(got))} here"
-    return f"{len(at)} bytes differ, the first at offset {at[0]}; {lsns}"
-
-
-class _Verification:
-    """One run over all databases."""
-
-    def __init__(self, writer: Instance, nodes: Sequence[NodeName]) -> None:
-        self._writer = writer
-        self._nodes = list(nodes) or sorted(writer.fleet.members)
-        self._path = writer.pgdata
+    def __init__(
+        self,
+        path: Path,
+        checkpoint: Callable[[], Coroutine[Any, Any, Lsn]],
+        nodes: VerifyNodes,
+        comparers: Sequence[Comparer],
+    ) -> None:
+        self._path = path
+        self._take_checkpoint = checkpoint
+        self._checkpointing = asyncio.Lock()
+        self._comparers: asyncio.Queue[Comparer] = asyncio.Queue()
+        for comparer in comparers:
+            self._comparers.put_nowait(comparer)
+        self.nodes = nodes
         self.lsn = Lsn(0)
 
     async def checkpoint(self) -> None:
-        """Bring PostgreSQL's pages to its files, and the log up to them to storage."""
-        async with self._writer.postgres.connect() as connection:
-            await connection.execute("checkpoint")
-            self.lsn = await make_durable(connection)
+        """Compare as of now, from here on."""
+        async with self._checkpointing:
+            self.lsn = await self._take_checkpoint()
 
-    async def targets(self) -> list[_Target]:
-        """Every fork of every relation that storage keeps."""
-        found: list[_Target] = []
-        async with self._writer.postgres.connect() as connection:
-            rows = await connection.execute(
-                "select oid, datname from pg_database where datallowconn order by datname"
+    # --- sizes -----------------------------------------------------------------------------------
+
+    async def sizes(
+        self, targets: Sequence[Target]
+    ) -> tuple[dict[RelationFork, int], list[Difference]]:
+        """The forks storage has, and where nodes differ in that, or have more than PostgreSQL.
+
+        Fewer blocks are no difference: PostgreSQL does not log that it extends a fork by empty
+        pages. That those which are not empty are missing, the comparison of the pages tells.
+        """
+        known = {target.fork: target for target in targets}
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                await self.checkpoint()
+            sizes, found = await self._sizes_once(known)
+            if not found:
+                break
+        return sizes, found
+
+    async def _sizes_once(
+        self, known: dict[RelationFork, Target]
+    ) -> tuple[dict[RelationFork, int], list[Difference]]:
+        names, lsn = self.nodes.names, self.lsn
+        answers = await asyncio.gather(*(self.nodes.sizes(name, lsn) for name in names))
+        told = {
+            name: answer
+            for name, answer in zip(names, answers, strict=True)
+            if not isinstance(answer, BorealError)
+        }
+        agreed, odd = split_by_majority(told, lambda sizes: frozenset(sizes.items()))
+        sizes = told[agreed[0]] if agreed else {}
+        found = [
+            Difference(
+                node=name,
+                target=known.get(fork) or _orphan(fork),
+                block=BlockNumber(min(sizes.get(fork, 0), told[name].get(fork, 0))),
+                reason=f"{_blocks(told[name].get(fork))} here, {_blocks(sizes.get(fork))} on the "
+                "other nodes",
             )
-            databases = [(int(str(oid)), str(name)) for oid, name in await rows.fetchall()]
-        for oid, name in databases:
-            async with self._writer.postgres.connect(name) as connection:
-                found += await self._targets_of(connection, oid, name, shared=not found)
-        return found
-
-    async def _targets_of(
-        self,
-        connection: psycopg.AsyncConnection[tuple[object, ...]],
-        oid: int,
-        database: str,
-        *,
-        shared: bool,
-    ) -> list[_Target]:
-        found = []
-        for row in await (await connection.execute(_RELATIONS)).fetchall():
-            name, number, is_shared, persistence, access_method, relkind = row
-            if is_shared and not shared:
-                continue
-            # Of an unlogged relation only the init fork is in the log.
-            forks = (Fork.INIT,) if persistence == "u" else (Fork.MAIN, Fork.VM)
-            for fork in forks:
-                where = (
-                    (pgdata.GLOBAL_TABLESPACE, 0)
-                    if is_shared
-                    else (
-                        pgdata.DEFAULT_TABLESPACE,
-                        oid,
-                    )
+            for name in odd
+            for fork in sorted(sizes.keys() | told[name].keys())
+            if sizes.get(fork) != told[name].get(fork)
+        ]
+        for fork, target in known.items():
+            blocks = local_blocks(self._path, fork)
+            found += [
+                Difference(
+                    node=name,
+                    target=target,
+                    block=BlockNumber(blocks),
+                    reason=f"{_blocks(theirs[fork])} here, {_blocks(blocks)} in PostgreSQL",
                 )
-                relation = RelationFork(*where, int(str(number)), fork)
-                blocks = _fork_blocks(self._path, relation)
-                if blocks is not None:
-                    kind = _kind(fork, str(access_method), str(relkind))
-                    found.append(
-                        _Target(
-                            database=database,
-                            name=str(name),
-                            fork=relation,
-                            kind=kind,
-                            blocks=blocks,
-                        )
-                    )
-        return found
+                for name, theirs in told.items()
+                if blocks is not None and blocks < theirs.get(fork, 0)
+            ]
+        return sizes, found
 
-    async def compare(self, target: _Target, first: int, count: int) -> list[_Difference]:
+    # --- pages -----------------------------------------------------------------------------------
+
+    async def check(self, run: Run) -> tuple[Run, list[Difference]]:
         """Compare one run of blocks, again after a checkpoint while it differs."""
         for attempt in range(_ATTEMPTS):
             if attempt:
                 await self.checkpoint()
-            found = await self._compare_once(target, first, count)
+            found = await self._check_once(run)
             if not found:
-                return []
+                break
+        return run, found
+
+    async def _check_once(self, run: Run) -> list[Difference]:
+        names, lsn = self.nodes.names, self.lsn
+        if not names:
+            return []
+        speaker = names[run.number % len(names)]
+        told = _Told()
+        await asyncio.gather(
+            self._fetch(told, speaker, run, lsn),
+            *(self._fetch_digest(told, name, run, lsn) for name in names if name != speaker),
+        )
+        agreed, odd = split_by_majority(told.digests)
+        unseen = [name for name in odd if name not in told.pages]
+        if agreed and not any(name in told.pages for name in agreed):
+            unseen.append(agreed[0])
+        await asyncio.gather(*(self._fetch(told, name, run, lsn) for name in unseen))
+        failures = [
+            Difference(
+                node=name,
+                target=piece.target,
+                block=BlockNumber(piece.first),
+                reason=f"{error.code}: {error.message}",
+            )
+            for name, (piece, error) in told.failures.items()
+            if name not in self.nodes.lost
+        ]
+        return failures + await self._judge(run, told.pages, agreed, odd)
+
+    async def _fetch(self, told: _Told, name: NodeName, run: Run, lsn: Lsn) -> None:
+        pages: list[list[bytes | None]] = []
+        for piece in run.pieces:
+            answer = await self.nodes.pages(name, piece.target.fork, piece.first, piece.blocks, lsn)
+            if isinstance(answer, BorealError):
+                told.failures[name] = (piece, answer)
+                return
+            pages.append(answer)
+        told.pages[name] = pages
+        told.digests[name] = digest_pages(chain.from_iterable(pages))
+
+    async def _fetch_digest(self, told: _Told, name: NodeName, run: Run, lsn: Lsn) -> None:
+        ranges = [(piece.target.fork, piece.first, piece.blocks) for piece in run.pieces]
+        digest = await self.nodes.digest(name, ranges, lsn)
+        if isinstance(digest, BorealError):
+            told.failures[name] = (run.pieces[0], digest)
+        else:
+            told.digests[name] = digest
+
+    async def _judge(
+        self,
+        run: Run,
+        pages: dict[NodeName, list[list[bytes | None]]],
+        agreed: Sequence[NodeName],
+        odd: Sequence[NodeName],
+    ) -> list[Difference]:
+        """What is wrong with the pages the nodes agree on, and with those of the odd ones."""
+        spoken = next((pages[name] for name in agreed if name in pages), None)
+        if spoken is None:
+            return []
+        found = []
+        for number, piece in enumerate(run.pieces):
+            reference = spoken[number]
+            faults = dict.fromkeys(agreed, await self._against_postgres(piece, reference))
+            for name in odd:
+                if name in pages:
+                    theirs = pages[name][number]
+                    apart = dict(disagreements(piece.first, reference, theirs))
+                    apart |= dict(await self._against_postgres(piece, theirs))
+                    faults[name] = [PageFault(block, apart[block]) for block in sorted(apart)]
+            found += [
+                Difference(node=name, target=piece.target, block=block, reason=reason)
+                for name, of_node in faults.items()
+                for block, reason in of_node
+            ]
         return found
 
-    async def _compare_once(self, target: _Target, first: int, count: int) -> list[_Difference]:
-        local = await asyncio.to_thread(_read_local, self._path, target.fork, first, count)
-        asked = await asyncio.gather(
-            *(self._stored(node, target, first, count) for node in self._nodes)
-        )
-        failed = [answer for answer in asked if isinstance(answer, _Difference)]
-        stored = {
-            node: answer
-            for node, answer in zip(self._nodes, asked, strict=True)
-            if not isinstance(answer, _Difference)
-        }
-        found = await asyncio.to_thread(differences, target.kind, BlockNumber(first), local, stored)
-        return failed + found
-
-    async def _stored(
-        self, node: NodeName, target: _Target, first: int, count: int
-    ) -> list[bytes | None] | _Difference:
-        block = BlockNumber(first)
+    async def _against_postgres(
+        self, piece: Piece, stored: Sequence[bytes | None]
+    ) -> list[PageFault]:
+        target = piece.target
+        if target.kind is None:
+            return []
+        comparer = await self._comparers.get()
         try:
-            return await self._writer.fleet.get_pages(
-                target.fork, block, count, self.lsn, node=node
-            )
-        except BorealError as error:
-            return _Difference(node=node, block=block, reason=f"{error.code}: {error.message}")
+            return await comparer.compare(target.kind, target.fork, piece.first, stored)
+        finally:
+            self._comparers.put_nowait(comparer)
 
-    def summary(self, targets: Sequence[_Target], wrong: int) -> compute_pb2.VerifyEvent:
-        """The closing message."""
-        return compute_pb2.VerifyEvent(
-            summary=compute_pb2.VerifySummary(
-                pages=sum(target.blocks for target in targets),
-                relations=len({(target.database, target.name) for target in targets}),
-                databases=len({target.database for target in targets}),
-                differences=wrong,
-                lsn=self.lsn,
-                nodes=self._nodes,
-            )
-        )
+
+def _orphan(fork: RelationFork) -> Target:
+    return Target(database="", name=str(fork), fork=fork, kind=None, blocks=0)
+
+
+def _blocks(count: int | None) -> str:
+    return "no such fork" if count is None else f"{count} blocks"
+
+
+@asynccontextmanager
+async def comparison(
+    path: Path,
+    checkpoint: Callable[[], Coroutine[Any, Any, Lsn]],
+    fleet: Fleet,
+    names: Sequence[NodeName],
+) -> AsyncIterator[Verification]:
+    """A verification with all it needs, for as long as it lasts. No name: every node."""
+    async with AsyncExitStack() as stack:
+        nodes = VerifyNodes(fleet, names)
+        stack.push_async_callback(nodes.close)
+        comparers = []
+        for _ in range(_COMPARERS):
+            comparers.append(await Comparer.start(path))
+            stack.push_async_callback(comparers[-1].close)
+        verification = Verification(path, checkpoint, nodes, comparers)
+        await verification.checkpoint()
+        yield verification
+
+
+async def _in_window(calls: Iterable[Coroutine[Any, Any, _T]], width: int) -> AsyncGenerator[_T]:
+    """Run the calls, `width` at a time; yields their results as they come."""
+    running: set[asyncio.Task[_T]] = set()
+    try:
+        for call in calls:
+            running.add(asyncio.create_task(call))
+            if len(running) == width:
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield task.result()
+        for ended in asyncio.as_completed(running):
+            yield await ended
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
 
 async def verify(
     writer: Instance, nodes: Sequence[NodeName]
 ) -> AsyncIterator[compute_pb2.VerifyEvent]:
     """Compare every page of every relation; `nodes` empty means every storage node."""
-    run = _Verification(writer, nodes)
-    await run.checkpoint()
-    targets = await run.targets()
-    total = sum(target.blocks for target in targets)
-    done = wrong = 0
-    for target in targets:
-        for first in range(0, target.blocks, _CHUNK_BLOCKS):
-            count = min(_CHUNK_BLOCKS, target.blocks - first)
-            for difference in await run.compare(target, first, count):
-                wrong += 1
-                yield compute_pb2.VerifyEvent(
-                    difference=compute_pb2.PageDifference(
-                        node=difference.node,
-                        database=target.database,
-                        relation=target.name,
-                        fork=fork_to_wire(target.fork),
-                        block=difference.block,
-                        reason=difference.reason,
+
+    async def checkpoint() -> Lsn:
+        async with writer.postgres.connect() as connection:
+            await connection.execute("checkpoint")
+            return await make_durable(connection)
+
+    async with comparison(writer.pgdata, checkpoint, writer.fleet, nodes) as verification:
+        compared = verification.nodes.names
+        listed = await catalogued(writer.postgres, writer.pgdata)
+        sizes, apart = await verification.sizes(listed)
+        targets, orphans = with_storage(listed, sizes)
+        for difference in apart:
+            yield difference.event()
+        differences = len(apart)
+        total = sum(target.blocks for target in (*targets, *orphans))
+        done = told = 0
+        checks = (verification.check(run) for run in runs((*targets, *orphans)))
+        async with aclosing(_in_window(checks, _RUNS_A_NODE * len(compared))) as checked:
+            async for run, found in checked:
+                for difference in found:
+                    yield difference.event()
+                differences += len(found)
+                done += run.blocks
+                if done - told >= _PROGRESS_PAGES or done == total:
+                    told = done
+                    yield compute_pb2.VerifyEvent(
+                        progress=compute_pb2.VerifyProgress(pages_done=done, pages_total=total)
                     )
-                )
-            done += count
+        for name, error in verification.nodes.lost.items():
+            differences += 1
             yield compute_pb2.VerifyEvent(
-                progress=compute_pb2.VerifyProgress(pages_done=done, pages_total=total)
+                difference=compute_pb2.PageDifference(
+                    node=name, reason=f"it was not compared to the end: {error.message}"
+                )
             )
-    yield run.summary(targets, wrong)
+        yield compute_pb2.VerifyEvent(
+            summary=compute_pb2.VerifySummary(
+                pages=total,
+                relations=len({(target.database, target.name) for target in targets}),
+                databases=len({target.database for target in targets}),
+                differences=differences,
+                lsn=verification.lsn,
+                nodes=compared,
+                orphans=len(orphans),
+                orphan_pages=sum(target.blocks for target in orphans),
+            )
+        )

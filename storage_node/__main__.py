@@ -23,11 +23,13 @@ from boreal.rpc.edge import make_server
 from boreal.types import NodeName
 from storage_node.append import AppendHandler
 from storage_node.catch_up import CatchUp
-from storage_node.config import StorageConfig
+from storage_node.config import RETAIN_LOG_BYTES, StorageConfig
 from storage_node.heartbeat import Heartbeat, Membership
 from storage_node.lane import LaneServer
 from storage_node.log_service import BundlesService, StorageLogService
 from storage_node.page_supervisor import PageProcess, PageSupervisor
+from storage_node.pressure import Pressure
+from storage_node.trim import LogTrimmer
 from storage_node.volumes import Volumes
 
 _GRACE_SECONDS = 0.5
@@ -68,7 +70,7 @@ async def serve(config: StorageConfig, start_pages: Callable[[], PageProcess]) -
     membership = Membership()
     pages = PageSupervisor(start_pages)
     catch_up = CatchUp(volumes, membership, pages.notify)
-    appends = AppendHandler(volumes, pages.notify)
+    appends = AppendHandler(volumes, pages.notify, config.pressure)
 
     def changed() -> None:
         pages.notify()
@@ -84,7 +86,8 @@ async def serve(config: StorageConfig, start_pages: Callable[[], PageProcess]) -
         await server.start()
         await _start_lane(lane, config)
         async with asyncio.TaskGroup() as tasks:
-            work = (Heartbeat(config, volumes, membership), catch_up, pages)
+            heartbeat = Heartbeat(config, volumes, membership, lambda: pages.running)
+            work = (heartbeat, catch_up, pages, LogTrimmer(volumes))
             jobs = [tasks.create_task(job.run()) for job in work]
             _log.info("storage node serves", volumes=[volume for volume, _ in volumes])
             await finished.wait()
@@ -133,6 +136,20 @@ def run(config: StorageConfig, start_pages: Callable[[], PageProcess]) -> None:
 @click.option("--frames-port", required=True, type=click.IntRange(1, 65535), help="Framed lane.")
 @click.option("--pages-port", required=True, type=click.IntRange(1, 65535), help="gRPC: pages.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option(
+    "--retain-log-mib",
+    default=RETAIN_LOG_BYTES >> 20,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Log a volume keeps below what anybody may still ask for, in MiB.",
+)
+@click.option(
+    "--index-lag-mib",
+    default=Pressure().soft_bytes >> 20,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Log that may wait for the page index before the writer is slowed, in MiB.",
+)
 def main(
     name: str,
     zone: str,
@@ -142,6 +159,8 @@ def main(
     frames_port: int,
     pages_port: int,
     host: str,
+    retain_log_mib: int,
+    index_lag_mib: int,
 ) -> None:
     """Run a Boreal storage node."""
     from storage_node import page_process
@@ -155,6 +174,8 @@ def main(
         log_port=log_port,
         frames_port=frames_port,
         pages_port=pages_port,
+        retain_log_bytes=retain_log_mib << 20,
+        pressure=Pressure(soft_bytes=index_lag_mib << 20),
     )
     run(config, lambda: page_process.start(config))
 

@@ -20,10 +20,9 @@ from google_crc32c import value
 
 from boreal.errors import CorruptData, MalformedRequest, NoBundle, OversizeRequest
 from boreal.rpc import storage_pb2
-from boreal.types import Lsn, format_lsn
+from boreal.types import KEPT_BUNDLES, Lsn, format_lsn
 from storage_node.disk import sync_directory, write_durably
 
-KEPT_MANIFESTS = 3
 MAX_CONTENT_BYTES = 64 * 1024 * 1024
 """The largest file of a bundle is the FSM fork of a relation: 64 MiB of it cover 256 GiB."""
 _HASH_BYTES = 32
@@ -42,6 +41,7 @@ class BundleStore:
     def __init__(self, directory: Path) -> None:
         self._contents = directory / "contents"
         self._manifests = directory / "manifests"
+        self._oldest_redo: Lsn | None = None
         self._changing = threading.Lock()
         """Calls come from worker threads; what one collects another may be about to name."""
 
@@ -52,6 +52,20 @@ class BundleStore:
         store._contents.mkdir(parents=True)
         store._manifests.mkdir()
         return store
+
+    @property
+    def oldest_redo(self) -> Lsn:
+        """The lowest LSN that a kept bundle is replayed from; 0: there is none, or one is damaged.
+
+        Cheap: looked up once, then kept up to date.
+        """
+        if self._oldest_redo is None:
+            try:
+                manifests = [_read_manifest(path) for _, path in self._newest_first()]
+            except CorruptData:
+                return Lsn(0)
+            self._oldest_redo = _oldest_redo(manifests)
+        return self._oldest_redo
 
     def missing(self, hashes: Iterable[bytes]) -> list[bytes]:
         """Those of the hashes whose content is not stored."""
@@ -113,12 +127,14 @@ class BundleStore:
         """Remove old manifests, then the contents that no kept one names."""
         paths = [path for _, path in self._newest_first()]
         try:
-            kept = [_read_manifest(path) for path in paths[:KEPT_MANIFESTS]]
+            kept = [_read_manifest(path) for path in paths[:KEPT_BUNDLES]]
         except CorruptData:
+            self._oldest_redo = Lsn(0)
             return  # what it names cannot be known, so nothing may go until it is out of the way
-        for path in paths[KEPT_MANIFESTS:]:
+        for path in paths[KEPT_BUNDLES:]:
             path.unlink()
         sync_directory(self._manifests)
+        self._oldest_redo = _oldest_redo(kept)
         named = {file.sha256.hex() for manifest in kept for file in manifest.files}
         for path in self._contents.iterdir():
             if path.name not in named:
@@ -153,6 +169,10 @@ class IncomingContent:
                 f"the content sent has hash {whole.hexdigest()}, not {self._digest.hex()}"
             )
         write_durably(self._path, b"".join(self._chunks))
+
+
+def _oldest_redo(manifests: Iterable[storage_pb2.BundleManifest]) -> Lsn:
+    return Lsn(min((manifest.redo_lsn for manifest in manifests), default=0))
 
 
 def _read_manifest(path: Path) -> storage_pb2.BundleManifest:

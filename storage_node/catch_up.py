@@ -43,6 +43,8 @@ class PeerPosition:
 
     promised: Epoch
     lineage: Lineage
+    start: Lsn
+    """Its log is kept from here on."""
     scl: Lsn
     vdl: Lsn
 
@@ -64,11 +66,18 @@ class TakeLineage:
     lineage: Lineage
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stranded:
+    """Those that have more log keep it from `start` on only: what comes next here is nowhere."""
+
+    start: Lsn
+
+
 def decide(
     own: SegmentState,
     peers: Mapping[NodeName, PeerPosition],
     avoid: Collection[NodeName] = (),
-) -> Pull | TakeLineage | None:
+) -> Pull | TakeLineage | Stranded | None:
     """What to do next about being behind. Pure.
 
     A newer lineage first. It must end with an epoch at or past the promised one: what was answered
@@ -102,6 +111,10 @@ def decide(
     ]
     if not ahead:
         return None
+    lowest = min(peers[name].start for name in ahead)
+    if lowest > own.scl:
+        return Stranded(start=lowest)
+    ahead = [name for name in ahead if peers[name].start <= own.scl]
     source = max(ahead, key=lambda name: (name not in avoid, peers[name].scl, name))
     end = min(peers[source].scl, own.scl + MAX_PULL_BYTES)
     return Pull(peer=source, start=own.scl, end=Lsn(end))
@@ -178,6 +191,9 @@ class CatchUp:
         if step is None:
             if any(peer.lineage == segment.state.lineage for peer in positions.values()):
                 segment.nothing_further()
+            return
+        if isinstance(step, Stranded):
+            segment.stranded(step.start)
             return
         try:
             if isinstance(step, TakeLineage):
@@ -258,6 +274,7 @@ class _Peers:
         return PeerPosition(
             promised=Epoch(answer.promised_epoch),
             lineage=lineage_from_wire(answer.lineage),
+            start=Lsn(answer.start_lsn),
             scl=Lsn(answer.scl),
             vdl=Lsn(answer.vdl),
         )

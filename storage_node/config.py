@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from boreal.errors import MalformedRequest
 from boreal.types import NodeName, VolumeId
+from storage_node.pressure import Pressure
+
+RETAIN_LOG_BYTES = 256 * 1024 * 1024
+"""How much log below the floor a volume keeps before its pages are stored instead."""
+
+CHAIN_RECORDS = 64
+"""How many records may lie between a page and its newest base."""
 
 _VOLUME_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 
@@ -63,6 +70,12 @@ class StorageConfig:
     """The framed lane of Append."""
     pages_port: int
     """gRPC: StoragePages, served by the page process."""
+    retain_log_bytes: int = RETAIN_LOG_BYTES
+    """Log a volume keeps below the floor; more than that is turned into stored pages."""
+    chain_records: int = CHAIN_RECORDS
+    """A page as many records behind its newest stored version gets another."""
+    pressure: Pressure = field(default_factory=Pressure)
+    """When the writer is slowed because the page index lags."""
 
     @property
     def volumes_dir(self) -> Path:

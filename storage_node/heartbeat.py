@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -54,7 +54,15 @@ class Membership:
 class Heartbeat:
     """Reports every `INTERVAL_SECONDS` until cancelled. A control plane that is away is normal."""
 
-    def __init__(self, config: StorageConfig, volumes: Volumes, membership: Membership) -> None:
+    def __init__(
+        self,
+        config: StorageConfig,
+        volumes: Volumes,
+        membership: Membership,
+        pages_served: Callable[[], bool],
+    ) -> None:
+        """`pages_served` tells whether the node has its page process."""
+        self._pages_served = pages_served
         self._config = config
         self._volumes = volumes
         self._membership = membership
@@ -105,6 +113,7 @@ class Heartbeat:
         )
 
     def _segments(self) -> list[control_pb2.SegmentReport]:
+        no_pages = "" if self._pages_served() else "its page process is not running"
         return [
             control_pb2.SegmentReport(
                 volume_id=volume,
@@ -112,7 +121,9 @@ class Heartbeat:
                 scl=segment.state.scl,
                 vdl=segment.state.vdl,
                 indexed_lsn=segment.shared.indexed,
-                failure=segment.failure,
+                failure=segment.failure or no_pages,
+                start_lsn=segment.state.start,
+                ack_delay_us=round(segment.ack_delay_s(self._config.pressure, 1) * 1e6),
             )
             for volume, segment in self._volumes
         ]

@@ -1,367 +1,403 @@
-"""The page index of one volume: which records touch which page, and how large each fork is, by LSN.
+"""The page index of one volume: which records touch which page, how large each fork is, by LSN,
+and the stored versions of pages.
 
-Derived from the log and rebuilt from it when in doubt, so it is kept without syncing: LMDB's
-copy-on-write survives the death of the process, and after a restart of the machine (another boot
-id) it is thrown away.
+A small log-structured store. What the log did since the last sealed layer is in memory
+(storage_node.layer) and is made again from the log after a restart; older log is covered by sealed
+layers (storage_node.layer_file), the oldest of which go when their pages have been stored
+(storage_node.retire). In LMDB, synced with every commit:
 
-    records    fork, block, end LSN  ->  start LSN, kind, payload      what happened to a page
-    sizes      fork, LSN             ->  blocks, or absent             every change of a fork's size
-    cuts       fork, LSN             ->  blocks                        what lay at or past is void
-    databases  tablespace, database, LSN -> source, or none            FILE_COPY and drops
-    meta       indexed LSN and what the index was made for
+    sizes, cuts, databases   what happened to whole forks (storage_node.facts)
+    versions                 pages (storage_node.versions)
+    layers                   end -> begin: a layer counts once it is here
+    meta                     how far the layers reach, and from which LSN on pages can be had
 
-Keys are big-endian, so that LMDB's byte order is (fork, block, LSN) order and "the newest at or
-below this LSN" is one seek. Records themselves stay in the log; `start, end` find them there.
-Whatever happens at an LSN is part of every state at or past it.
+Every write is made by one thread of its own, so that no page read waits for the disk; everything in
+memory belongs to the event loop's thread.
 """
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import google_crc32c
 import lmdb
 import structlog
 
-from boreal.types import Fork, Lsn, PageKey, RelationFork
+from boreal.errors import CorruptData
+from boreal.types import Lsn, PageKey, RelationFork, format_lsn
+from storage_node.config import CHAIN_RECORDS, RETAIN_LOG_BYTES
+from storage_node.entries import page_key, raw_key
+from storage_node.facts import FACT_TABLES, Facts, FactView, Ground, initial_sizes
+from storage_node.layer import LAYER_LOG_BYTES, OpenLayer
+from storage_node.layer_file import SUFFIX, LayerImage, SealedLayer, layer_path
+from storage_node.page_store import MAP_BYTES, Imported
+from storage_node.versions import Version, delete_older, last_version
 
-MAP_BYTES = 1 << 40
-"""Address space, not disk: the file grows as it is written."""
-
-_FORMAT = 1
-_ABSENT = 0xFFFFFFFF
-_TOP = b"\xff" * 8
-
-_PAGE_KEY = struct.Struct(">IIIBIQ")
-_FORK_KEY = struct.Struct(">IIIBQ")
-_DATABASE_KEY = struct.Struct(">IIQ")
-_ENTRY = struct.Struct(">QB")
-_BLOCKS = struct.Struct(">I")
-_SOURCE = struct.Struct(">II")
-_META = struct.Struct(">IQQ36s")
+_LEAST_LAYER_BYTES = 64 * 1024
+_LAYERS_RETAINED = 16
+_FORMAT = 2
+_META = struct.Struct(">IQQQ")
+"""Format, import LSN, end of the last sealed layer, lowest LSN of which pages can be had."""
 _META_KEY = b"meta"
-_PAGE_PREFIX, _FORK_PREFIX, _DATABASE_PREFIX = 17, 13, 8
+_U64 = struct.Struct(">Q")
 
 _log = structlog.get_logger(__name__)
-
-
-class Kind(IntEnum):
-    """What an entry of `records` stands for. Stored."""
-
-    BASE = 1  # the record holds the whole page
-    CHANGE = 2  # redo of the record turns the page before into the page after
-    UNKNOWN = 3  # nobody here can tell the page after
-    MAP_CLEAR = 4  # payload: visibility bits to clear
-    MAP_CUT = 5  # payload: the heap's new size in blocks
-
-
-class Entry(NamedTuple):
-    """One thing that happened to one page."""
-
-    end: Lsn
-    start: Lsn
-    kind: Kind
-    payload: bytes
-
-
-class Ground(NamedTuple):
-    """What lies beneath a page's records: all of them are past `since`.
-
-    `source` is the page this one was copied from (as of `since`); if there is none the page began
-    as zeros, or, with `imported`, as the imported page.
-    """
-
-    since: Lsn
-    source: PageKey | None = None
-    imported: bool = False
-
-
-class _Sized(NamedTuple):
-    lsn: int
-    blocks: int | None
-
-
-class _DatabaseEvent(NamedTuple):
-    lsn: int
-    source: tuple[int, int] | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Imported:
-    """What the volume began with: indexing starts at `lsn`, with forks of these sizes."""
-
-    lsn: Lsn
-    forks: tuple[tuple[RelationFork, int], ...]
+_T = TypeVar("_T")
 
 
 class IndexView:
-    """The index as of one LMDB transaction, for any LSN from the import to the indexed LSN."""
+    """The index at one moment. Answers for any LSN from `PageIndex.lowest` to `indexed`.
 
-    def __init__(self, transaction: Any, tables: _Tables, imported_lsn: Lsn) -> None:
-        self._records = transaction.cursor(tables.records)
-        self._sizes = transaction.cursor(tables.sizes)
-        self._cuts = transaction.cursor(tables.cuts)
-        self._databases = transaction.cursor(tables.databases)
-        self._imported_lsn = imported_lsn
-
-    def size(self, fork: RelationFork, lsn: Lsn) -> int | None:
-        """The fork's size in blocks; None where it does not exist."""
-        own = self._own_size(fork, lsn)
-        event = self._database_event(fork.tablespace, fork.database, lsn)
-        if event is None or (own is not None and own.lsn > event.lsn):
-            return own.blocks if own is not None else None
-        if event.source is None:
-            return None
-        return self.size(_moved(fork, event.source), Lsn(event.lsn - 1))
-
-    def ground(self, page: PageKey, lsn: Lsn) -> Ground:
-        """The newest thing at or below `lsn` that made all the page's earlier history void."""
-        fork, block = page
-        cut = self._cut(fork, block, lsn)
-        event = self._database_event(fork.tablespace, fork.database, lsn)
-        if event is not None and event.lsn > cut:
-            if event.source is None:
-                return Ground(Lsn(event.lsn))
-            return Ground(Lsn(event.lsn), PageKey(_moved(fork, event.source), block))
-        return Ground(Lsn(cut)) if cut else Ground(self._imported_lsn, imported=True)
-
-    def history(self, page: PageKey, since: Lsn, until: Lsn) -> Iterator[Entry]:
-        """The page's entries with `since < end <= until`, newest first."""
-        cursor = self._records
-        found = _seek_last(cursor, _PAGE_KEY.pack(*page.relation, page.block, until), _PAGE_PREFIX)
-        while found is not None:
-            key, value = found
-            end = int.from_bytes(key[_PAGE_PREFIX:], "big")
-            if end <= since:
-                return
-            start, kind = _ENTRY.unpack_from(value)
-            yield Entry(Lsn(end), Lsn(start), Kind(kind), value[_ENTRY.size :])
-            previous = cursor.item() if cursor.prev() else None
-            same_page = previous is not None and previous[0][:_PAGE_PREFIX] == key[:_PAGE_PREFIX]
-            found = previous if same_page else None
-
-    def relations(self, lsn: Lsn) -> dict[RelationFork, int]:
-        """Every fork that exists at `lsn`, with its size in blocks."""
-        databases = {
-            _DATABASE_KEY.unpack(key + _TOP)[:2]
-            for cursor in (self._sizes, self._databases)
-            for key in _prefixes(cursor, b"", _DATABASE_PREFIX)
-        }
-        found: dict[RelationFork, int] = {}
-        for tablespace, database in sorted(databases):
-            found |= self._relations_of(tablespace, database, lsn)
-        return found
-
-    def _relations_of(self, tablespace: int, database: int, lsn: Lsn) -> dict[RelationFork, int]:
-        event = self._database_event(tablespace, database, lsn)
-        found: dict[RelationFork, int] = {}
-        if event is not None and event.source is not None:
-            copied = self._relations_of(*event.source, Lsn(event.lsn - 1))
-            found = {_moved(fork, (tablespace, database)): n for fork, n in copied.items()}
-        prefix = _DATABASE_KEY.pack(tablespace, database, 0)[:_DATABASE_PREFIX]
-        for key in list(_prefixes(self._sizes, prefix, _FORK_PREFIX)):
-            relation, number = _FORK_KEY.unpack(key + _TOP)[2:4]
-            fork = RelationFork(tablespace, database, relation, Fork(number))
-            own = self._own_size(fork, lsn)
-            if own is None or (event is not None and own.lsn <= event.lsn):
-                continue
-            if own.blocks is None:
-                found.pop(fork, None)
-            else:
-                found[fork] = own.blocks
-        return found
-
-    def _own_size(self, fork: RelationFork, lsn: Lsn) -> _Sized | None:
-        found = _seek_last(self._sizes, _FORK_KEY.pack(*fork, lsn), _FORK_PREFIX)
-        if found is None:
-            return None
-        (blocks,) = _BLOCKS.unpack(found[1])
-        at = int.from_bytes(found[0][_FORK_PREFIX:], "big")
-        return _Sized(at, None if blocks == _ABSENT else blocks)
-
-    def _database_event(self, tablespace: int, database: int, lsn: Lsn) -> _DatabaseEvent | None:
-        key = _DATABASE_KEY.pack(tablespace, database, lsn)
-        found = _seek_last(self._databases, key, _DATABASE_PREFIX)
-        if found is None:
-            return None
-        at = int.from_bytes(found[0][_DATABASE_PREFIX:], "big")
-        return _DatabaseEvent(at, _SOURCE.unpack(found[1]) if found[1] else None)
-
-    def _cut(self, fork: RelationFork, block: int, lsn: Lsn) -> int:
-        """The newest cut at or below `lsn` that took `block`; 0 if none did."""
-        found = _seek_last(self._cuts, _FORK_KEY.pack(*fork, lsn), _FORK_PREFIX)
-        while found is not None:
-            key, value = found
-            at = int.from_bytes(key[_FORK_PREFIX:], "big")
-            if _BLOCKS.unpack(value)[0] <= block:
-                return at
-            found = _seek_last(self._cuts, _FORK_KEY.pack(*fork, at - 1), _FORK_PREFIX)
-        return 0
-
-
-class IndexBatch(IndexView):
-    """One write transaction. `indexed` says how far its records reach; set it before the end.
-
-    What a failed record left half written is harmless: it lies past `indexed`, where no reader
-    looks, and indexing the record again writes the same.
+    Use it within the turn of the event loop that made it.
     """
 
-    def __init__(self, transaction: Any, tables: _Tables, imported_lsn: Lsn, indexed: Lsn) -> None:
-        super().__init__(transaction, tables, imported_lsn)
-        self.indexed = indexed
-        self._pages: list[tuple[bytes, bytes]] = []
+    def __init__(self, transaction: Any, index: PageIndex) -> None:
+        tables = index.tables
+        self._versions = transaction.cursor(tables.versions)
+        self._layers = index.layers
+        self._memory = index.memory
+        self.indexed = index.indexed
+        self.retired = index.retired
+        cursors = [transaction.cursor(getattr(tables, name)) for name in FACT_TABLES]
+        facts = [layer.facts for layer in reversed(self._memory)]
+        self.facts = FactView(cursors, facts, index.imported_lsn)
 
-    def touch(self, page: PageKey, start: Lsn, end: Lsn, kind: Kind, payload: bytes = b"") -> None:
-        """The record in [start, end) does something to `page`."""
-        key = _PAGE_KEY.pack(*page.relation, page.block, end)
-        self._pages.append((key, _ENTRY.pack(start, kind) + payload))
+    def size(self, fork: RelationFork, lsn: int) -> int | None:
+        """The fork's size in blocks; None where it does not exist."""
+        return self.facts.size(fork, lsn)
 
-    def resize(self, fork: RelationFork, lsn: Lsn, blocks: int | None) -> None:
-        """From `lsn` on the fork has so many blocks; None: it does not exist."""
-        value = _BLOCKS.pack(_ABSENT if blocks is None else blocks)
-        self._sizes.put(_FORK_KEY.pack(*fork, lsn), value)
+    def ground(self, page: PageKey, lsn: int) -> Ground:
+        """The newest thing at or below `lsn` that made all the page's earlier history void."""
+        return self.facts.ground(page, lsn)
 
-    def cut(self, fork: RelationFork, lsn: Lsn, blocks: int) -> None:
-        """Whatever the fork held at or past `blocks` before `lsn` is gone for good."""
-        self._cuts.put(_FORK_KEY.pack(*fork, lsn), _BLOCKS.pack(blocks))
+    def relations(self, lsn: int) -> dict[RelationFork, int]:
+        """Every fork that exists at `lsn`, with its size in blocks."""
+        return self.facts.relations(lsn)
 
-    def drop_database(self, tablespace: int, database: int, lsn: Lsn) -> None:
-        """From `lsn` on nothing of the database is left in the tablespace."""
-        self._databases.put(_DATABASE_KEY.pack(tablespace, database, lsn), b"")
+    def version(self, key: bytes, lsn: int) -> Version | None:
+        """The newest version at or below `lsn` of the page `key` (storage_node.entries)."""
+        return last_version(self._versions, key, lsn)
 
-    def copy_database(
-        self, source: tuple[int, int], tablespace: int, database: int, lsn: Lsn
-    ) -> None:
-        """At `lsn` the (tablespace, database) `source` was copied, file by file."""
-        key = _DATABASE_KEY.pack(tablespace, database, lsn)
-        self._databases.put(key, _SOURCE.pack(*source))
+    def entries(self, page: PageKey, since: int, until: int) -> list[int]:
+        """The page's entries whose records begin in [since, until), ascending.
 
-    def flush(self) -> None:
-        """Hand the gathered entries to LMDB."""
-        self._records.putmulti(self._pages)
-        self._pages = []
+        CorruptData if a layer that would tell is damaged.
+        """
+        found: list[int] = []
+        key = page_key(page)
+        crc = google_crc32c.value(key)
+        for layer in self._layers:
+            if layer.end > since and layer.begin < until:
+                found += layer.entries(key, crc)
+        raw = raw_key(page)
+        for memory in self._memory:
+            found += memory.entries(raw)
+        if found and (found[0] < since or found[-1] >= until):
+            found = [entry for entry in found if since <= entry < until]
+        return found
 
 
-class _Tables(NamedTuple):
-    records: Any
+class Tables(NamedTuple):
+    """Handles of the LMDB tables."""
+
     sizes: Any
     cuts: Any
     databases: Any
+    versions: Any
+    layers: Any
 
 
 class PageIndex:
-    """The index on disk. One process opens it; one task writes it."""
+    """The index on disk and in memory. One process opens it; one task adds to its open layer.
 
-    def __init__(self, environment: Any, imported_lsn: Lsn, boot: bytes) -> None:
+    Invariant: the sealed layers, the frozen one and the open one follow each other without a gap
+    from `retired` to `indexed`. Every page that existed at any LSN from `lowest` on can be made
+    from its versions, those layers, and the log from `retired` on.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        environment: Any,
+        imported: Imported,
+        retain_bytes: int,
+        chain_records: int,
+    ) -> None:
+        self._path = path
         self._environment = environment
-        self._imported_lsn = imported_lsn
-        self._boot = boot
-        self._tables = _Tables(*(environment.open_db(name.encode()) for name in _Tables._fields))
-        self._indexed = imported_lsn
+        self.imported = imported
+        self.layer_bytes = max(
+            min(LAYER_LOG_BYTES, retain_bytes // _LAYERS_RETAINED), _LEAST_LAYER_BYTES
+        )
+        # Half a chain, rounded down to a power of two.
+        self._hot_at = 1 << max(chain_records // 2, 1).bit_length() - 1
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="index")
+        self.tables = Tables(*(environment.open_db(name.encode()) for name in Tables._fields))
+        self._sealed_to = self._lowest = imported.lsn
+        self.layers: Sequence[SealedLayer] = ()
+        """Oldest first. Replaced, never changed."""
+        self.frozen: OpenLayer | None = None
+        """On its way to being sealed."""
+        self.layer = self._new_layer(imported.lsn)
+        """The open one."""
         with environment.begin() as transaction:
             meta = transaction.get(_META_KEY)
         if meta is not None:
-            self._indexed = Lsn(_META.unpack(meta)[1])
+            _, _, sealed_to, lowest = _META.unpack(meta)
+            self._sealed_to, self._lowest = Lsn(sealed_to), Lsn(lowest)
 
     @classmethod
-    def open(cls, path: Path, imported: Imported, boot: str) -> PageIndex:
-        """Open the index at `path`, or begin a new one where it cannot be trusted.
+    def open(
+        cls,
+        path: Path,
+        imported: Imported,
+        *,
+        log_start: Lsn,
+        retain_bytes: int = RETAIN_LOG_BYTES,
+        chain_records: int = CHAIN_RECORDS,
+    ) -> PageIndex:
+        """Open the index at `path`, or begin a new one.
 
-        It is trusted if it opens, and was made from this import under this boot of the machine.
+        What is damaged is made again from the log, which begins at `log_start`; CorruptData if that
+        part of the log is gone.
         """
         environment = _open(path)
         if environment is not None:
             with environment.begin() as transaction:
                 meta = transaction.get(_META_KEY)
-            if meta is not None:
-                format_number, _, import_lsn, made_under = _META.unpack(meta)
-                if (format_number, import_lsn) == (_FORMAT, imported.lsn) and (
-                    made_under.rstrip(b"\0") == boot.encode()
-                ):
-                    return cls(environment, imported.lsn, boot.encode())
+            if meta is not None and _META.unpack(meta)[:2] == (_FORMAT, imported.lsn):
+                index = cls(path, environment, imported, retain_bytes, chain_records)
+                index._open_layers(log_start)
+                return index
             environment.close()
             _log.info("page index begins anew", path=str(path), had_content=meta is not None)
+        if log_start > imported.lsn:
+            raise CorruptData(
+                f"the page index in {path} cannot be read, and the log it was made from is gone "
+                f"below {format_lsn(log_start)}: rebuild this node's copy of the volume"
+            )
         shutil.rmtree(path, ignore_errors=True)
         environment = _open(path)
         if environment is None:
             raise OSError(f"cannot make a page index in {path}")
-        index = cls(environment, imported.lsn, boot.encode())
-        with index.batch() as batch:
-            for fork, blocks in imported.forks:
-                batch.resize(fork, imported.lsn, blocks)
+        index = cls(path, environment, imported, retain_bytes, chain_records)
+        with environment.begin(write=True) as transaction:
+            index._put_facts(transaction, initial_sizes(imported.forks, imported.lsn))
+            index._put_meta(transaction, sealed_to=imported.lsn, lowest=imported.lsn)
+        index._open_layers(log_start)
         return index
+
+    # --- how far it reaches --------------------------------------------------------------------
+
+    @property
+    def imported_lsn(self) -> Lsn:
+        """Where indexing began."""
+        return self.imported.lsn
+
+    @property
+    def lowest(self) -> Lsn:
+        """The lowest LSN as of which pages can be had."""
+        return self._lowest
+
+    @property
+    def retired(self) -> Lsn:
+        """No byte of the log below it is needed any more; durably so."""
+        return self.layers[0].begin if self.layers else self._sealed_to
+
+    @property
+    def sealed_to(self) -> Lsn:
+        """The end of the last sealed layer. Later log is indexed again after a restart."""
+        return self._sealed_to
 
     @property
     def indexed(self) -> Lsn:
         """The end of the last indexed record; every record before it is in the index too."""
-        return self._indexed
+        return self.layer.end
 
     @property
-    def imported_lsn(self) -> Lsn:
-        """The lowest LSN the index can answer for."""
-        return self._imported_lsn
+    def memory(self) -> Sequence[OpenLayer]:
+        """The layers in memory, oldest first."""
+        return (self.layer,) if self.frozen is None else (self.frozen, self.layer)
+
+    @property
+    def version_count(self) -> int:
+        """Stored versions."""
+        with self._environment.begin() as transaction:
+            return int(transaction.stat(self.tables.versions)["entries"])
+
+    # --- reading -------------------------------------------------------------------------------
 
     @contextmanager
     def view(self) -> Iterator[IndexView]:
-        """A consistent look. Short: LMDB keeps every page a reader might still see."""
+        """A consistent look, for this turn of the event loop."""
         with self._environment.begin() as transaction:
-            yield IndexView(transaction, self._tables, self._imported_lsn)
+            yield IndexView(transaction, self)
 
-    @contextmanager
-    def batch(self) -> Iterator[IndexBatch]:
-        """One write transaction, committed at the end unless an exception passes."""
-        with self._environment.begin(write=True) as transaction:
-            batch = IndexBatch(transaction, self._tables, self._imported_lsn, self._indexed)
-            yield batch
-            batch.flush()
-            meta = _META.pack(_FORMAT, batch.indexed, self._imported_lsn, self._boot)
-            transaction.put(_META_KEY, meta)
-        self._indexed = batch.indexed
+    # --- writing -------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Begin a new open layer. There must be no frozen one."""
+        if self.frozen is not None:
+            raise RuntimeError("the layer frozen before is not sealed yet")
+        self.frozen, self.layer = self.layer, self._new_layer(self.layer.end)
+
+    async def seal(self, image: LayerImage) -> None:
+        """Make the frozen layer durable; `image` is all of it. OSError, lmdb.Error: try again."""
+        frozen = self.frozen
+        if frozen is None:
+            raise RuntimeError("no layer is frozen")
+
+        def work() -> SealedLayer:
+            path = image.write(self._path)
+            with self._environment.begin(write=True) as transaction:
+                self._put_facts(transaction, frozen.facts)
+                layers = self.tables.layers
+                transaction.put(_U64.pack(frozen.end), _U64.pack(frozen.begin), db=layers)
+                self._put_meta(transaction, sealed_to=frozen.end)
+            return SealedLayer(path, verify=False)
+
+        sealed = await self._write(work)
+        self.layers = (*self.layers, sealed)
+        self._sealed_to = sealed.end
+        self.frozen = None
+
+    async def store(
+        self, rows: Sequence[tuple[bytes, bytes]], superseded: Sequence[tuple[bytes, int]] = ()
+    ) -> None:
+        """Make versions durable; delete those of `superseded` pages below an LSN."""
+
+        def work() -> None:
+            with self._environment.begin(write=True) as transaction:
+                cursor = transaction.cursor(self.tables.versions)
+                for key, lsn in superseded:
+                    delete_older(cursor, key, lsn)
+                cursor.putmulti(rows)
+
+        await self._write(work)
+
+    async def raise_lowest(self, lsn: Lsn) -> None:
+        """From now on nobody gets a page as of an LSN below `lsn`; before anything is deleted."""
+        if lsn <= self._lowest:
+            return
+
+        def work() -> None:
+            with self._environment.begin(write=True) as transaction:
+                self._put_meta(transaction, lowest=lsn)
+
+        await self._write(work)
+        self._lowest = lsn
+
+    async def change(self, work: Callable[[Any, Tables], None]) -> None:
+        """Do something else to the tables, in one transaction."""
+
+        def inside() -> None:
+            with self._environment.begin(write=True) as transaction:
+                work(transaction, self.tables)
+
+        await self._write(inside)
+
+    async def drop_layers(self, count: int) -> None:
+        """Forget the oldest layers. Whatever is still to be read needs none of their log."""
+        dropped = self.layers[:count]
+
+        def work() -> None:
+            with self._environment.begin(write=True) as transaction:
+                for layer in dropped:
+                    transaction.delete(_U64.pack(layer.end), db=self.tables.layers)
+
+        await self._write(work)
+        self.layers = self.layers[count:]  # there may be another at the end by now
+        for layer in dropped:
+            layer.close()
+            layer.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Release the environment."""
+        """Release everything, once a write under way has ended."""
+        self._thread.shutdown()
+        for layer in self.layers:
+            layer.close()
+        self.layers = ()
         self._environment.close()
+
+    # -------------------------------------------------------------------------------------------
+
+    async def _write(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _put_facts(self, transaction: Any, facts: Facts) -> None:
+        for name, rows in facts.rows():
+            transaction.cursor(getattr(self.tables, name)).putmulti(rows)
+
+    def _put_meta(
+        self, transaction: Any, *, sealed_to: Lsn | None = None, lowest: Lsn | None = None
+    ) -> None:
+        """Change what is given. In a transaction, for several tasks have something to write."""
+        stored = transaction.get(_META_KEY)
+        before = (0, 0) if stored is None else _META.unpack(stored)[2:]
+        meta = _META.pack(
+            _FORMAT,
+            self.imported_lsn,
+            before[0] if sealed_to is None else sealed_to,
+            before[1] if lowest is None else lowest,
+        )
+        transaction.put(_META_KEY, meta)
+
+    def _new_layer(self, begin: Lsn) -> OpenLayer:
+        return OpenLayer(begin, self._size_of, log_bytes=self.layer_bytes, hot_at=self._hot_at)
+
+    def _size_of(self, fork: RelationFork, lsn: int) -> int | None:
+        with self.view() as view:
+            return view.size(fork, lsn)
+
+    def _open_layers(self, log_start: Lsn) -> None:
+        """Open the layers that count, up to the first damaged one; remove all other files."""
+        with self._environment.begin() as transaction:
+            rows = [
+                (Lsn(_U64.unpack(begin)[0]), Lsn(_U64.unpack(end)[0]))
+                for end, begin in transaction.cursor(self.tables.layers)
+            ]
+        opened: list[SealedLayer] = []
+        for begin, end in rows:
+            try:
+                opened.append(SealedLayer(layer_path(self._path, begin, end)))
+            except (CorruptData, FileNotFoundError) as error:
+                _log.error("layer is made again from the log", error=str(error))
+                if begin < log_start:
+                    raise CorruptData(
+                        f"a layer of the page index in {self._path} is damaged, and the log it was "
+                        f"made from is gone below {format_lsn(log_start)}: rebuild this node's "
+                        "copy of the volume"
+                    ) from error
+                self._go_back(begin, [end for first, end in rows if first >= begin])
+                break
+        self.layers = tuple(opened)
+        kept = {layer.path for layer in opened}
+        for path in self._path.glob(f"*{SUFFIX}"):
+            if path not in kept:
+                path.unlink()
+        self.layer = self._new_layer(self._sealed_to)
+
+    def _go_back(self, sealed_to: Lsn, ends: Sequence[Lsn]) -> None:
+        # Facts past it stay: they are the same when they are found again.
+        with self._environment.begin(write=True) as transaction:
+            for end in ends:
+                transaction.delete(_U64.pack(end), db=self.tables.layers)
+            self._put_meta(transaction, sealed_to=sealed_to)
+        self._sealed_to = sealed_to
 
 
 def _open(path: Path) -> Any:
     """The environment at `path`; None if LMDB finds no sense in what is there."""
     path.mkdir(parents=True, exist_ok=True)
     try:
-        return lmdb.open(
-            str(path), map_size=MAP_BYTES, max_dbs=8, sync=False, metasync=False, readahead=False
-        )
+        return lmdb.open(str(path), map_size=MAP_BYTES, max_dbs=8, readahead=False)
     except lmdb.Error as error:
         _log.warning("page index does not open", path=str(path), error=str(error))
         return None
-
-
-def _moved(fork: RelationFork, database: tuple[int, int]) -> RelationFork:
-    return fork._replace(tablespace=database[0], database=database[1])
-
-
-def _seek_last(cursor: Any, key: bytes, prefix: int) -> tuple[bytes, bytes] | None:
-    """The last item at or below `key` that shares its first `prefix` bytes."""
-    if cursor.set_range(key):
-        if cursor.key() != key and not cursor.prev():
-            return None
-    elif not cursor.last():
-        return None
-    item: tuple[bytes, bytes] = cursor.item()
-    return item if item[0][:prefix] == key[:prefix] else None
-
-
-def _prefixes(cursor: Any, within: bytes, length: int) -> Iterable[bytes]:
-    """The distinct key prefixes of `length` bytes that begin with `within`, in order."""
-    found = cursor.set_range(within) if within else cursor.first()
-    while found:
-        key = cursor.key()[:length]
-        if not key.startswith(within):
-            return
-        yield key
-        found = cursor.set_range(key + _TOP)

@@ -1,4 +1,4 @@
-"""Follows a volume's log and keeps its page index up: one task for each volume.
+"""Follows a volume's log and notes it in the index's open layer: one task for each volume.
 
 Only complete records that end at or below both the SCL and the VDL are indexed. No lineage that a
 segment may ever adopt parts below such a record's end, so nothing in the index is ever taken back.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 import lmdb
@@ -16,15 +16,17 @@ import structlog
 
 from boreal.errors import BeyondLog, BorealError, IngestStopped, NotIndexedYet, UnknownVolume
 from boreal.types import Lsn, VolumeId, format_lsn
-from boreal.wal import WalDecoder, WalRecord
+from boreal.wal.touches import PLAIN_RECORDS, TouchDecoder
 from storage_node.index import PageIndex
-from storage_node.record_indexer import RecordIndexer
+from storage_node.record_indexer import index_record
 from storage_node.redo import Redo
 from storage_node.shared_state import SharedState
 
 SLICE_S = 0.005
 """How long a batch may hold up the page reads that share the loop."""
 READ_BYTES = 256 * 1024
+CHUNK_BYTES = 32 * 1024
+"""What is decoded between two looks at the clock: about a millisecond's work."""
 _RETRY_S = 1.0
 _CUT_PAUSE_S = 0.01
 
@@ -44,6 +46,9 @@ class Ingest:
     Invariant: every record that ends at or below `reached` is in the index. `reached` may lie
     inside a record, as the VDL may; the index itself always ends at a record's end.
 
+    Memory is bounded: when the open layer is full while the one before it is still being sealed,
+    it waits for that (and the log process slows the writer down when the lag gets long).
+
     It stops for good at a record it must not pass: `failure` says which, everything below it stays
     readable, and the next start of the process tries again.
     """
@@ -56,19 +61,26 @@ class Ingest:
         log: Log,
         shared: SharedState,
         redo: Redo,
+        plain: bytes = PLAIN_RECORDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`plain` says which records `redo` need not judge (boreal.wal.touches)."""
         self._volume = volume
         self._index = index
         self._log = log
         self._shared = shared
         self._clock = clock
-        self._indexer = RecordIndexer(redo)
+        self._redo = redo
+        self._plain = plain
+        self.on_work: Callable[[], None] = lambda: None
+        """Called when a layer was frozen, to be sealed by somebody else, or pages got hot."""
         self._awake = asyncio.Event()
         self._waiters: list[tuple[Lsn, asyncio.Future[None]]] = []
         self._failure: IngestStopped | None = None
         self._told = Lsn(0)
-        self._restart()
+        self._generation = shared.generation
+        self._decoder = TouchDecoder(index.indexed, index.layer, plain)
+        self._covered = index.indexed
 
     @property
     def reached(self) -> Lsn:
@@ -113,20 +125,22 @@ class Ingest:
     async def run(self) -> None:
         """Follow the log until cancelled, or until it must not go on."""
         self._shared.failure = ""
+        self._restart()
         self._publish()
         while self._failure is None:
             self._awake.clear()
             try:
                 await self._catch_up()
             except (lmdb.Error, OSError) as error:
-                # The disk, most likely full. The batch is undone; the log is still there.
-                _log.error("index cannot be written", volume=self._volume, error=str(error))
-                self._shared.failure = f"the index cannot be written: {error}"
+                self._index.layer.cut_back()
+                _log.error("index cannot be read", volume=self._volume, error=str(error))
+                self._shared.failure = f"the index cannot be read: {error}"
                 self._restart()
                 await asyncio.sleep(_RETRY_S)
                 self._shared.failure = ""
                 continue
             except Exception as error:  # noqa: BLE001 - a bug stops this index, not the whole node
+                self._index.layer.cut_back()
                 _log.error("index stopped by a bug", volume=self._volume, exc_info=error)
                 self._stop(f"{type(error).__name__}: {error}", self._index.indexed)
                 self._publish()
@@ -142,9 +156,8 @@ class Ingest:
     def _restart(self) -> None:
         """Forget all bytes read but not indexed."""
         self._generation = self._shared.generation
-        self._decoder = WalDecoder(self._index.indexed)
+        self._decoder = TouchDecoder(self._index.indexed, self._index.layer, self._plain)
         self._covered = self._index.indexed
-        self._indexer.forget()
 
     async def _catch_up(self) -> None:
         """Index all there is now."""
@@ -159,8 +172,9 @@ class Ingest:
                 )
                 break
             durable = max(self._shared.vdl, self._told)
-            bound = min(scl, durable, self._covered + READ_BYTES)
-            if bound <= self._covered:
+            step = min(READ_BYTES, self._index.layer_bytes)
+            bound = min(scl, durable, self._covered + step)
+            if bound <= self._covered or not self._has_room():
                 return
             try:
                 data = self._log.read(self._covered, Lsn(bound))
@@ -173,28 +187,46 @@ class Ingest:
                 break
             if self._shared.generation != self._generation:
                 continue  # what was read may be what has just been discarded
-            records = self._decoder.feed(data)
-            while not self._index_slice(records):
-                self._publish()
-                await asyncio.sleep(0)
-            if self._failure is None:
+            if await self._note(data):
                 self._covered = Lsn(bound)
                 self._publish()
                 await asyncio.sleep(0)
         self._publish()
 
-    def _index_slice(self, records: Iterator[WalRecord]) -> bool:
-        """Index records for one slice of time, in one transaction; whether they are used up."""
+    def _has_room(self) -> bool:
+        """Whether the open layer takes more; a full one is frozen if it can be."""
+        if not self._index.layer.full:
+            return True
+        if self._index.frozen is not None:
+            return False  # whoever seals it wakes us
+        self._index.freeze()
+        self._decoder.direct(self._index.layer)
+        self.on_work()
+        return True
+
+    async def _note(self, data: bytes) -> bool:
+        """Note the records that `data` completes, in slices; False if it must not go on."""
         until = self._clock() + SLICE_S
-        with self._index.batch() as batch:
-            try:
-                for record in records:
-                    self._indexer.add(batch, record)
-                    batch.indexed = record.end
+        try:
+            for at in range(0, len(data), CHUNK_BYTES):
+                for record in self._decoder.feed(data[at : at + CHUNK_BYTES]):
+                    index_record(self._index.layer, record, self._redo)
+                    # The decoder's position is still at the record's start.
                     if self._clock() >= until:
-                        return False
-            except BorealError as error:
-                self._stop(error.message, Lsn(error.details.get("lsn", batch.indexed)))
+                        self._index.layer.end = record.end
+                        self._publish()
+                        await asyncio.sleep(0)
+                        until = self._clock() + SLICE_S
+                self._index.layer.end = self._decoder.position
+                if self._clock() >= until:
+                    self._publish()
+                    await asyncio.sleep(0)
+                    until = self._clock() + SLICE_S
+        except BorealError as error:
+            self._index.layer.end = self._decoder.position
+            self._index.layer.cut_back()
+            self._stop(error.message, Lsn(error.details.get("lsn", self._index.indexed)))
+            return False
         return True
 
     def _stop(self, why: str, lsn: Lsn) -> None:
@@ -204,7 +236,9 @@ class Ingest:
         _log.error("index stopped", volume=self._volume, lsn=format_lsn(lsn), why=why)
 
     def _publish(self) -> None:
-        """Tell the log process, and those who wait."""
+        """Tell the log process, those who wait, and the work in the background."""
+        if self._index.layer.hot:
+            self.on_work()
         self._shared.indexed = self._index.indexed
         failure = self._failure
         if failure is not None:

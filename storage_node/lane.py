@@ -57,6 +57,10 @@ class _Connection(asyncio.Protocol):
         self._handler = handler
         self._siblings = siblings
         self._frames = FrameReader()
+        self._held_back: list[bytes] = []
+        """Answers in order, all of which `_release` sends: those to be delayed, and what followed.
+
+        As many as a peer can send in the little while; the writer has one append under way."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
@@ -79,13 +83,25 @@ class _Connection(asyncio.Protocol):
             refusal = MalformedRequest("a frame on the Append lane is not an AppendRequest")
         except BorealError as error:
             refusal = error
-        responses = self._handler.handle(requests)
+        responses, delay_s = self._handler.handle(requests)
         if refusal is not None:
             responses.append(storage_pb2.AppendResponse(error=error_to_wire(refusal)))
-        self._transport.write(b"".join([frame(r.SerializeToString()) for r in responses]))
+        answer = b"".join([frame(r.SerializeToString()) for r in responses])
+        if self._held_back or (delay_s and refusal is None):
+            if not self._held_back:
+                asyncio.get_running_loop().call_later(delay_s, self._release)
+            self._held_back.append(answer)
+        else:
+            self._transport.write(answer)
         if refusal is not None:
             # The stream cannot be followed any further.
+            self._release()
             self._transport.close()
+
+    def _release(self) -> None:
+        answers, self._held_back = self._held_back, []
+        if answers and not self._transport.is_closing():
+            self._transport.write(b"".join(answers))
 
     def pause_writing(self) -> None:
         self._transport.pause_reading()

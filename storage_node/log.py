@@ -32,6 +32,7 @@ from storage_node.shared_state import SharedState
 from storage_node.tail import SegmentImage, prove_tail
 
 _WAL_FILE = re.compile(r"[0-9A-F]{24}")
+_SIDECAR = re.compile(r"[0-9A-F]{16}\.crc")
 _SEGMENTS_PER_ID = 0x1_0000_0000 // WAL_SEGMENT_BYTES
 _CACHED_PAGES = 1024
 _OPEN_SEGMENTS = 16
@@ -53,9 +54,29 @@ def find_segments(directory: Path) -> dict[Lsn, Path]:
     found = {}
     for path in directory.iterdir():
         if _WAL_FILE.fullmatch(path.name):
-            number = int(path.name[8:16], 16) * _SEGMENTS_PER_ID + int(path.name[16:], 16)
-            found[Lsn(number * WAL_SEGMENT_BYTES)] = path
+            found[_start_of(path.name[8:])] = path
     return dict(sorted(found.items()))
+
+
+def _start_of(suffix: str) -> Lsn:
+    """Where the segment begins that segment_suffix names so."""
+    number = int(suffix[:8], 16) * _SEGMENTS_PER_ID + int(suffix[8:16], 16)
+    return Lsn(number * WAL_SEGMENT_BYTES)
+
+
+def _remove_below(directory: Path, start: Lsn) -> None:
+    """Finish what a crash left of `VolumeLog.forget_below`."""
+    found = [path for at, path in find_segments(directory).items() if at < start]
+    found += [
+        path
+        for path in directory.iterdir()
+        if _SIDECAR.fullmatch(path.name) and _start_of(path.name) < start
+    ]
+    for path in found:
+        path.unlink()
+    if found:
+        sync_directory(directory)
+        _log.info("log removed that was dropped before", files=len(found), start=format_lsn(start))
 
 
 class VolumeLog:
@@ -66,10 +87,14 @@ class VolumeLog:
     """
 
     def __init__(self, directory: Path, start: Lsn, timelines: Sequence[TimelineStart]) -> None:
-        """Open the log of [start, ...); what cannot be proven at its end is cut off."""
+        """Open the log of [start, ...); what cannot be proven at its end is cut off.
+
+        `start` is a WAL segment's. Files below it are removed.
+        """
         self._directory = directory
         self._timelines = tuple(timelines)
-        self._paths = {at: path for at, path in find_segments(directory).items() if at >= start}
+        _remove_below(directory, start)
+        self._paths = find_segments(directory)
         self._files: dict[Lsn, SegmentFile] = {}
         """Open for writing: what was written since the last sync, and the file it ended in."""
         self.damaged: tuple[Lsn, ...] = ()
@@ -83,6 +108,15 @@ class VolumeLog:
         """Append bytes; durable after `sync`. OSError, e.g. without room: nothing was appended."""
         begin = wal_segment_start(self.written)
         end = self.written + len(data)
+        file = self._files.get(begin)
+        if file is None or end - begin > WAL_SEGMENT_BYTES:
+            self._write_across(begin, Lsn(end), data)
+        else:
+            file.write(data)
+        self.written = Lsn(end)
+
+    def _write_across(self, begin: Lsn, end: Lsn, data: bytes) -> None:
+        """Write bytes that need files which are not open, or more than one."""
         # Room first: a write that can be refused is refused before any of it is done.
         files = [self._writable(Lsn(at)) for at in range(begin, end, WAL_SEGMENT_BYTES)]
         marks = [file.mark() for file in files]
@@ -96,24 +130,25 @@ class VolumeLog:
             for file, mark in zip(files, marks, strict=True):
                 file.reset(mark)
             raise
-        self.written = Lsn(end)
 
     def sync(self) -> None:
         """Make everything written durable. OSError: none of it is, and all of it is forgotten."""
         if self.written == self.end:
             return
+        several = len(self._files) > 1
+        files = [self._files[at] for at in sorted(self._files)] if several else self._files.values()
         try:
-            for file in self._files.values():
+            for file in files:
                 file.sync()
-            for start in sorted(self._files):
-                self._files[start].publish()
+            for file in files:
+                file.publish()
         except OSError:
-            for file in self._files.values():
+            for file in files:
                 file.reset(file.sidecar.tail)
             self.written = self.end
             raise
         self.end = self.written
-        if len(self._files) > 1:
+        if several:
             self._close_full()
 
     def _close_full(self) -> None:
@@ -132,6 +167,18 @@ class VolumeLog:
         if last in self._paths:
             self._writable(last).cut(end - last)
         self.end = self.written = end
+
+    def forget_below(self, start: Lsn) -> list[Path]:
+        """Let go of the segments that end at or below `start`; return their files.
+
+        The caller deletes those, in its own time; the next open does it if that was interrupted.
+        """
+        files = []
+        for at in [at for at in self._paths if at < start]:
+            files += [self._paths.pop(at), sidecar_path(self._directory, at)]
+            if at in self._files:
+                self._files.pop(at).close()
+        return files
 
     def rename(self, timelines: Sequence[TimelineStart]) -> None:
         """Name the files by this history. Heals at the next open if interrupted."""
@@ -249,6 +296,7 @@ class LogReader:
         self._directory = layout.log
         self._shared = SharedState(layout.shared)
         self._generation = self._shared.generation
+        self._start = self._shared.start
         self._segments: dict[Lsn, _ReadSegment] = {}
         self._pages: dict[int, bytes] = {}
         """Full pages, by number since LSN 0: they only change when the log is cut."""
@@ -261,18 +309,28 @@ class LogReader:
         """
         for _ in range(_READ_ATTEMPTS):
             generation = self._shared.generation
+            self.release_dropped()
             self._check_bounds(start, end)
             if generation != self._generation:
                 self._forget(generation)
             try:
                 data = self._read(start, end)
             except CorruptData:
+                self._check_bounds(start, end)  # it may have been dropped meanwhile
                 if generation % 2 == 0 and generation == self._shared.generation:
                     raise
                 continue
             if generation == self._shared.generation:
                 return data
         raise BeyondLog("the log is being cut; ask again", scl=self._shared.scl)
+
+    def release_dropped(self) -> None:
+        """Close the files of log that is dropped: until then they take up room on the disk."""
+        start = self._shared.start
+        if start != self._start:
+            self._start = start
+            for at in [at for at in self._segments if at < start]:
+                self._segments.pop(at).close()
 
     def close(self) -> None:
         """Close the files."""

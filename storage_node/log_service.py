@@ -114,7 +114,10 @@ class StorageLogService(storage_pb2_grpc.StorageLogServicer):
     ) -> AsyncIterator[storage_pb2.AppendResponse]:
         """Append redo."""
         async for request in request_iterator:
-            for response in self._appends.handle([request]):
+            answers = self._appends.handle([request])
+            if answers.delay_s:
+                await asyncio.sleep(answers.delay_s)
+            for response in answers.responses:
                 yield response
 
     async def GetPosition(

@@ -2,39 +2,82 @@
 
 from __future__ import annotations
 
-import struct
 from collections import OrderedDict
 from collections.abc import Callable
 
-from boreal.errors import CorruptWal, NotMaterializable
+import structlog
+
+from boreal.errors import CorruptData, CorruptWal, NotMaterializable, RedoFailed
 from boreal.pages import visibility
 from boreal.types import PAGE_BYTES, Lsn, PageKey, format_lsn
-from boreal.wal import BlockRef, WalRecord, read_record
-from storage_node.index import Entry, Ground, IndexView, Kind
-from storage_node.redo import Redo
+from boreal.wal import (
+    BlockRef,
+    RelationTruncated,
+    VisibilityCleared,
+    WalRecord,
+    effects,
+    record_at,
+)
+from storage_node.entries import Kind, kind_of, page_key, start_of
+from storage_node.facts import Ground
+from storage_node.index import IndexView
+from storage_node.redo import Redo, Step
+from storage_node.versions import Version
 
 CACHED_PAGES = 1024
 """8 MiB a volume."""
 
-_CLEARED = struct.Struct(">IB")
-_MAP_CUT = struct.Struct(">I")
+_log = structlog.get_logger(__name__)
 
 
-def pack_cleared(cleared: list[tuple[int, int]]) -> bytes:
-    """The payload of Kind.MAP_CLEAR: (heap block, bits) of each clear."""
-    return b"".join(_CLEARED.pack(*one) for one in cleared)
+class Path:
+    """The way to one page at one LSN: what it starts from and the records still to be applied.
 
+    Holds all it takes but the log, so that it may be walked in several turns of the event loop.
+    """
 
-def pack_map_cut(heap_blocks: int) -> bytes:
-    """The payload of Kind.MAP_CUT."""
-    return _MAP_CUT.pack(heap_blocks)
+    __slots__ = ("content", "end", "entries", "key", "limit", "lsn", "next", "page")
+
+    def __init__(
+        self,
+        page: PageKey,
+        key: bytes,
+        lsn: Lsn,
+        limit: Lsn,
+        *,
+        content: bytes,
+        end: Lsn,
+        entries: list[int],
+    ) -> None:
+        self.page = page
+        self.key = key
+        """storage_node.entries.page_key."""
+        self.lsn = lsn
+        self.limit = limit
+        """How far the log may be read."""
+        self.content = content
+        """The page at `end`: after every record of it that ends at or below."""
+        self.end = end
+        self.entries = entries
+        self.next = 0
+        """The first entry not yet applied."""
+
+    @property
+    def length(self) -> int:
+        """Records between the base and the page."""
+        return len(self.entries)
+
+    @property
+    def complete(self) -> bool:
+        """Whether `content` is the page wanted."""
+        return self.next >= len(self.entries)
 
 
 class Materializer:
     """Makes pages of one volume.
 
-    Invariant of the cache: a page under (page, LSN) is its state after the last thing that happened
-    to it at or below any LSN up to the next thing, so it never goes stale.
+    Invariant of the cache: a page under (key, entry) is its state after that entry, and every
+    entry before it, so it never goes stale.
     """
 
     def __init__(
@@ -48,8 +91,10 @@ class Materializer:
         self._imported_page = imported_page
         self._read_log = read_log
         self._redo = redo
-        self._cache: OrderedDict[tuple[PageKey, Lsn], bytes] = OrderedDict()
+        self._cache: OrderedDict[tuple[bytes, int], tuple[bytes, Lsn]] = OrderedDict()
         self._cached_pages = cached_pages
+        self.longest_chain = 0
+        """The most records that lay between a page asked for and its base. Set it back at will."""
 
     def page(self, view: IndexView, page: PageKey, lsn: Lsn) -> bytes | None:
         """The page as of `lsn`; None if its fork is absent or shorter then.
@@ -60,64 +105,139 @@ class Materializer:
         size = view.size(page.relation, lsn)
         if size is None or page.block >= size:
             return None
-        return self._version(view, page, lsn)
+        path = self.path(view, page, lsn)
+        self.walk(path, path.length)
+        return path.content
 
-    def _version(self, view: IndexView, page: PageKey, lsn: Lsn) -> bytes:
+    def path(self, view: IndexView, page: PageKey, lsn: Lsn, *, cached: bool = True) -> Path:
+        """How to make a page that exists at `lsn`. Raises as `page` does.
+
+        With `cached` false it starts from what is stored, not from what is in the cache.
+        """
+        key = page_key(page)
         ground = view.ground(page, lsn)
-        path: list[Entry] = []
-        content: bytes | None = None
-        for entry in view.history(page, ground.since, lsn):
-            content = self._recall(page, entry.end)
-            if content is not None:
-                break
-            if entry.kind is Kind.UNKNOWN:
-                raise NotMaterializable(
-                    f"{page} at {format_lsn(lsn)} depends on the record at "
-                    f"{format_lsn(entry.start)}, which storage cannot redo",
-                    lsn=entry.start,
-                )
-            path.append(entry)
-            if entry.kind is Kind.BASE:
-                content = bytes(PAGE_BYTES)
-                break
+        version = view.version(key, lsn)
+        if version is not None and version.lsn < ground.since:
+            version = None
+        since = ground.since if version is None else version.lsn
+        entries = view.entries(page, since, lsn)
+        content, end, first = self._nearest(page, key, entries, lsn, view.indexed, cached)
         if content is None:
-            content = self._beneath(view, page, ground)
-        if not path:
-            return content
-        changed = bytearray(content)
-        for entry in reversed(path):
-            self._step(changed, page, entry)
-        return self._remember(page, path[0].end, bytes(changed))
+            content, end = self._beneath(view, page, version, ground)
+            if end != since:
+                entries = view.entries(page, end, lsn)
+        path = Path(page, key, lsn, view.indexed, content=content, end=end, entries=entries[first:])
+        self.longest_chain = max(self.longest_chain, path.length)
+        return path
 
-    def _beneath(self, view: IndexView, page: PageKey, ground: Ground) -> bytes:
+    def _nearest(
+        self, page: PageKey, key: bytes, entries: list[int], lsn: Lsn, limit: Lsn, cached: bool
+    ) -> tuple[bytes | None, Lsn, int]:
+        """The newest page among `entries` to start from, its LSN, and the first entry after it.
+
+        Takes entries whose record ends past `lsn` off the end of the list.
+        """
+        for number in range(len(entries) - 1, -1, -1):
+            entry = entries[number]
+            known = self._cache.get((key, entry)) if cached else None
+            if known is not None and known[1] <= lsn:
+                self._cache.move_to_end((key, entry))
+                return known[0], known[1], number + 1
+            kind = kind_of(entry)
+            if kind not in {Kind.BASE, Kind.UNKNOWN}:
+                continue
+            start = start_of(entry)
+            if number == len(entries) - 1 and record_at(self._read_log, start, limit).end > lsn:
+                entries.pop()
+            elif kind is Kind.UNKNOWN:
+                raise _unknown(page, start)
+            else:
+                return bytes(PAGE_BYTES), start, number
+        return None, Lsn(0), 0
+
+    def walk(self, path: Path, count: int) -> None:
+        """Apply the next `count` records at most. CorruptWal, RedoFailed, NotMaterializable."""
+        until = min(path.next + count, len(path.entries))
+        if path.next >= until:
+            return
+        content = bytearray(path.content)
+        while path.next < until:
+            end = self._apply(content, path, path.entries[path.next])
+            if end > path.lsn:
+                del path.entries[path.next :]
+                break
+            path.end = end
+            path.next += 1
+        path.content = bytes(content)
+        if path.complete and path.next:
+            self._remember((path.key, path.entries[-1]), path.content, path.end)
+
+    def _beneath(
+        self, view: IndexView, page: PageKey, version: Version | None, ground: Ground
+    ) -> tuple[bytes, Lsn]:
+        """The content the page's entries start from, and the LSN it is of."""
+        if version is not None:
+            try:
+                return version.content(page), version.lsn
+            except CorruptData as error:
+                # The log may still reach back to what was before it. But what has the LSN of its
+                # ground is the ground: a page of a copied database.
+                older = view.version(page_key(page), version.lsn - 1)
+                if older is not None and older.lsn < ground.since:
+                    older = None
+                before = ground.since if older is None else older.lsn
+                if before < view.retired or before == version.lsn:
+                    raise
+                _log.error("stored version is damaged", page=str(page), error=error.message)
+                return self._beneath(view, page, older, ground)
         if ground.source is not None:
             copied = self.page(view, ground.source, Lsn(ground.since - 1))
         else:
             copied = self._imported_page(page) if ground.imported else None
         # No history at all: PostgreSQL does not log that it extends a fork by empty pages.
-        return copied if copied is not None else bytes(PAGE_BYTES)
+        return copied if copied is not None else bytes(PAGE_BYTES), ground.since
 
-    def _step(self, content: bytearray, page: PageKey, entry: Entry) -> None:
-        if entry.kind is Kind.MAP_CLEAR:
-            for heap_block, bits in _CLEARED.iter_unpack(entry.payload):
-                visibility.clear(content, heap_block, bits)
-        elif entry.kind is Kind.MAP_CUT:
-            visibility.truncate(content, _MAP_CUT.unpack(entry.payload)[0])
+    def _apply(self, content: bytearray, path: Path, entry: int) -> Lsn:
+        """Apply one record unless it ends past the path's LSN; its end."""
+        start, page = start_of(entry), path.page
+        record = record_at(self._read_log, start, path.limit)
+        if record.end > path.lsn:
+            return record.end
+        kind = kind_of(entry)
+        if kind is Kind.MAP_CLEAR:
+            for effect in effects(record):
+                if isinstance(effect, VisibilityCleared) and effect.page == page:
+                    visibility.clear(content, effect.heap_block, effect.bits)
+        elif kind is Kind.MAP_CUT:
+            for effect in effects(record):
+                if isinstance(effect, RelationTruncated):
+                    visibility.truncate(content, effect.blocks)
         else:
-            record = read_record(self._read_log, entry.start, entry.end)
-            self._redo.apply(content, record, _block_of(record, page))
+            self._redo_block(content, record, _block_of(record, page))
+        return record.end
 
-    def _recall(self, page: PageKey, end: Lsn) -> bytes | None:
-        content = self._cache.get((page, end))
-        if content is not None:
-            self._cache.move_to_end((page, end))
-        return content
+    def _redo_block(self, content: bytearray, record: WalRecord, block: BlockRef) -> None:
+        step = self._redo.step(record, block)
+        if step is Step.NOTHING:
+            return
+        if step is Step.UNKNOWN:
+            raise _unknown(block.page, record.start)
+        try:
+            self._redo.apply(content, record, block)
+        except CorruptWal as error:
+            raise RedoFailed(error.message, **error.details) from error
 
-    def _remember(self, page: PageKey, end: Lsn, content: bytes) -> bytes:
-        self._cache[page, end] = content
+    def _remember(self, place: tuple[bytes, int], content: bytes, end: Lsn) -> None:
+        self._cache[place] = (content, end)
         if len(self._cache) > self._cached_pages:
             self._cache.popitem(last=False)
-        return content
+
+
+def _unknown(page: PageKey, start: Lsn) -> NotMaterializable:
+    return NotMaterializable(
+        f"{page} depends on the record at {format_lsn(start)}, which storage cannot redo",
+        lsn=start,
+    )
 
 
 def _block_of(record: WalRecord, page: PageKey) -> BlockRef:

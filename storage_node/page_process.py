@@ -33,7 +33,6 @@ _NICENESS = 5
 """Commits first: the log process keeps the better claim to the processor."""
 _PR_SET_PDEATHSIG = 1
 _WAKE_UP = b"\1"
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class PageProcess:
@@ -100,10 +99,12 @@ def _parse(text: str) -> StorageConfig:
         log_port=int(words["log_port"]),
         frames_port=int(words["frames_port"]),
         pages_port=int(words["pages_port"]),
+        retain_log_bytes=int(words["retain_log_bytes"]),
+        chain_records=int(words["chain_records"]),
     )
 
 
-async def serve(config: StorageConfig, wake_ups: int, boot_id: str) -> None:
+async def serve(config: StorageConfig, wake_ups: int) -> None:
     """Serve StoragePages until the pipe `wake_ups` (a descriptor) closes or SIGTERM comes."""
     loop = asyncio.get_running_loop()
     finished, awake = asyncio.Event(), asyncio.Event()
@@ -118,7 +119,7 @@ async def serve(config: StorageConfig, wake_ups: int, boot_id: str) -> None:
     loop.add_reader(wake_ups, hear)
     server = make_server()
     async with asyncio.TaskGroup() as tasks:
-        volumes = PageVolumes(config, tasks, boot_id)
+        volumes = PageVolumes(config, tasks)
         storage_pb2_grpc.add_StoragePagesServicer_to_server(PageService(volumes), server)
         server.add_insecure_port(f"{config.host}:{config.pages_port}")
         await server.start()
@@ -145,7 +146,7 @@ def main() -> None:
     os.nice(_NICENESS)
     config = _parse(sys.argv[1])
     logs.configure(f"{config.name}/pages")
-    uvloop.run(serve(config, sys.stdin.fileno(), _BOOT_ID.read_text().strip()))
+    uvloop.run(serve(config, sys.stdin.fileno()))
 
 
 if __name__ == "__main__":

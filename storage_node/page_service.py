@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from grpc import aio
 
 from boreal.errors import MalformedRequest, OversizeRequest
-from boreal.rpc import storage_pb2, storage_pb2_grpc
+from boreal.pages import PagesDigest
+from boreal.rpc import common_pb2, storage_pb2, storage_pb2_grpc
 from boreal.rpc.edge import epoch_of, fork_from_wire, fork_to_wire
-from boreal.types import PAGE_BYTES, Epoch, Fork, Lsn
+from boreal.types import PAGE_BYTES, Epoch, Fork, Lsn, RelationFork
 from storage_node.page_volume import PageVolume, PageVolumes
 
 MAX_PAGES_A_CALL = 1024
@@ -53,28 +54,28 @@ class PageService(storage_pb2_grpc.StoragePagesServicer):
         self, request: storage_pb2.GetPagesRequest, context: _Context
     ) -> AsyncIterator[storage_pb2.PageImages]:
         """Pages of a fork as of an LSN, waiting for the index to get there."""
+        runs = _message_runs([(request.fork, request.first_block, request.count)])
         volume = await self._volumes.get(request.volume.volume_id, epoch_of(request.volume))
-        fork, first, count = fork_from_wire(request.fork), request.first_block, request.count
-        if count > MAX_PAGES_A_CALL:
-            raise OversizeRequest(
-                f"{count} pages were asked for; the limit is {MAX_PAGES_A_CALL}",
-                limit_bytes=MAX_PAGES_A_CALL * PAGE_BYTES,
-            )
-        if count == 0 or first + count - 1 > _MAX_BLOCKS:
-            raise MalformedRequest(f"blocks {first} to {first + count - 1} are no range")
         await volume.wait_for(Lsn(request.lsn), Epoch(request.lineage_epoch), _time_left(context))
-        for begin in range(first, first + count, MAX_PAGES_A_MESSAGE):
-            end = min(begin + MAX_PAGES_A_MESSAGE, first + count)
-            pages: list[bytes | None] = []
-            for turn in range(begin, end, _PAGES_A_TURN):
-                blocks = range(turn, min(turn + _PAGES_A_TURN, end))
-                pages += volume.pages(fork, blocks, Lsn(request.lsn))
-                await asyncio.sleep(0)
+        for fork, blocks in runs:
+            pages = await _pages(volume, fork, blocks, Lsn(request.lsn))
             yield storage_pb2.PageImages(
-                first_block=begin,
+                first_block=blocks.start,
                 pages=b"".join(_ZERO_PAGE if page is None else page for page in pages),
                 exists=[page is not None for page in pages],
             )
+
+    async def DigestPages(
+        self, request: storage_pb2.DigestPagesRequest, context: _Context
+    ) -> storage_pb2.PageDigest:
+        """A hash of what GetPages would answer."""
+        runs = _message_runs((r.fork, r.first_block, r.count) for r in request.ranges)
+        volume = await self._volumes.get(request.volume.volume_id, epoch_of(request.volume))
+        await volume.wait_for(Lsn(request.lsn), Epoch(request.lineage_epoch), _time_left(context))
+        digest = PagesDigest()
+        for fork, blocks in runs:
+            digest.add(await _pages(volume, fork, blocks, Lsn(request.lsn)))
+        return storage_pb2.PageDigest(sha256=digest.result())
 
     async def ListRelations(
         self, request: storage_pb2.ListRelationsRequest, context: _Context
@@ -96,9 +97,59 @@ class PageService(storage_pb2_grpc.StoragePagesServicer):
     ) -> storage_pb2.IndexState:
         """How far the index has come."""
         volume = await self._volumes.get(request.volume.volume_id, epoch_of(request.volume))
-        return storage_pb2.IndexState(
+        state = storage_pb2.IndexState(
             indexed_lsn=volume.indexed, log_scl=volume.shared.scl, failure=volume.failure
         )
+        gauges = volume.gauges
+        if gauges is not None:
+            state.lag_bytes = gauges.lag_bytes
+            state.retired_lsn = gauges.retired
+            state.lowest_lsn = gauges.lowest
+            state.layers = gauges.layers
+            state.versions = gauges.versions
+            state.longest_chain = gauges.longest_chain
+            state.refused_pages = gauges.refused_pages
+            state.held = gauges.held
+        return state
+
+
+def _message_runs(
+    asked: Iterable[tuple[common_pb2.RelationFork, int, int]],
+) -> list[tuple[RelationFork, range]]:
+    """The (fork, first block, count) asked for, cut into what one message holds.
+
+    MalformedRequest or OversizeRequest if they are not 1 to MAX_PAGES_A_CALL pages that can exist.
+    """
+    runs = []
+    total = 0
+    for fork, first, count in asked:
+        total += count
+        if total > MAX_PAGES_A_CALL:
+            raise OversizeRequest(
+                f"{total} pages were asked for; the limit is {MAX_PAGES_A_CALL}",
+                limit_bytes=MAX_PAGES_A_CALL * PAGE_BYTES,
+            )
+        end = first + count
+        if count == 0 or end - 1 > _MAX_BLOCKS:
+            raise MalformedRequest(f"blocks {first} to {end - 1} are no range")
+        runs += [
+            (fork_from_wire(fork), range(begin, min(begin + MAX_PAGES_A_MESSAGE, end)))
+            for begin in range(first, end, MAX_PAGES_A_MESSAGE)
+        ]
+    if not runs:
+        raise MalformedRequest("no pages were asked for")
+    return runs
+
+
+async def _pages(
+    volume: PageVolume, fork: RelationFork, blocks: range, lsn: Lsn
+) -> list[bytes | None]:
+    """Pages of a volume whose index has come to `lsn`; other calls get their turns meanwhile."""
+    pages: list[bytes | None] = []
+    for turn in range(blocks.start, blocks.stop, _PAGES_A_TURN):
+        pages += volume.pages(fork, range(turn, min(turn + _PAGES_A_TURN, blocks.stop)), lsn)
+        await asyncio.sleep(0)
+    return pages
 
 
 async def _import(

@@ -1,4 +1,4 @@
-"""The pages a volume began with: the only thing a page process cannot rebuild from the log.
+"""The pages a volume began with.
 
 Kept in an LMDB of its own. While an import runs it is scratch; the import counts from the moment a
 small seal file is durable beside it, and nothing is written there afterwards. Each page is stored
@@ -11,6 +11,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import lmdb
 from boreal.errors import CorruptData, Internal, MalformedRequest
 from boreal.pages.layout import PageHeader, is_zero
 from boreal.types import PAGE_BYTES, Fork, Lsn, PageKey, RelationFork
-from storage_node.index import MAP_BYTES, Imported
+from storage_node.disk import sync_directory
 
 _PAGE_KEY = struct.Struct(">IIIBI")
 _FORK_KEY = struct.Struct(">IIIB")
@@ -30,6 +31,18 @@ _FORK_VALUE = struct.Struct("<II")
 """CRC, size in blocks."""
 _SEAL = struct.Struct("<IQQQ")
 """CRC, import LSN, forks, pages."""
+
+
+MAP_BYTES = 1 << 40
+"""Address space for an LMDB file, not disk: the file grows as it is written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Imported:
+    """What the volume began with: indexing starts at `lsn`, with forks of these sizes."""
+
+    lsn: Lsn
+    forks: tuple[tuple[RelationFork, int], ...]
 
 
 class PageStore:
@@ -82,7 +95,7 @@ class PageStore:
             for n in range(count):
                 key = _PAGE_KEY.pack(*fork, first_block + n)
                 page = pages[n * PAGE_BYTES : (n + 1) * PAGE_BYTES]
-                transaction.put(key, _pack_page(key, page), db=self._pages)
+                transaction.put(key, pack_page(key, page), db=self._pages)
             self._sizes[fork] = max(self._sizes.get(fork, 0), first_block + count)
             key = _FORK_KEY.pack(*fork)
             size = _FORK_VALUE.pack(_crc(key, self._sizes[fork]), self._sizes[fork])
@@ -98,7 +111,7 @@ class PageStore:
                 f"the import has {stored} pages where its forks have {sum(self._sizes.values())}"
             )
         self._environment.sync(True)
-        _sync_directory(self._path)
+        sync_directory(self._path)
         body = _SEAL.pack(0, lsn, len(self._sizes), self._page_count)[4:]
         scratch = self._seal_path.with_suffix(".new")
         with scratch.open("wb") as file:
@@ -106,7 +119,7 @@ class PageStore:
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(self._seal_path)
-        _sync_directory(self._seal_path.parent)
+        sync_directory(self._seal_path.parent)
         self._imported = Imported(lsn=lsn, forks=tuple(self._sizes.items()))
         return self._imported
 
@@ -119,7 +132,7 @@ class PageStore:
             stored = transaction.get(key)
         if stored is None:
             raise CorruptData(f"the imported page {page} is missing")
-        return _unpack_page(page, key, stored)
+        return unpack_page(key, stored, f"the imported page {page}")
 
     def close(self) -> None:
         """Release the files, for good."""
@@ -169,8 +182,11 @@ def _crc(key: bytes, blocks: int) -> int:
     return int(google_crc32c.value(key + blocks.to_bytes(4, "little")))
 
 
-def _pack_page(key: bytes, page: bytes) -> bytes:
-    """Leave out what is zeros: most pages then fit into two LMDB pages instead of three."""
+def pack_page(key: bytes, page: bytes) -> bytes:
+    """How a page is stored under `key`: behind a CRC of both, without the zeros of its hole.
+
+    Most pages then fit into two LMDB pages instead of three.
+    """
     crc = google_crc32c.value(key + page)
     if is_zero(page):
         return _PAGE_HEAD.pack(crc, 0, PAGE_BYTES)
@@ -184,18 +200,12 @@ def _pack_page(key: bytes, page: bytes) -> bytes:
     return _PAGE_HEAD.pack(crc, 0, 0) + page
 
 
-def _unpack_page(page: PageKey, key: bytes, stored: bytes) -> bytes:
-    crc, hole_offset, hole_length = _PAGE_HEAD.unpack_from(stored)
-    split = _PAGE_HEAD.size + hole_offset
-    restored = stored[_PAGE_HEAD.size : split] + bytes(hole_length) + stored[split:]
-    if len(restored) != PAGE_BYTES or google_crc32c.value(key + restored) != crc:
-        raise CorruptData(f"the imported page {page} does not match its checksum")
-    return restored
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def unpack_page(key: bytes, stored: bytes, what: str) -> bytes:
+    """The page `pack_page` stored; CorruptData, which calls it `what`, if it is not that."""
+    if len(stored) >= _PAGE_HEAD.size:
+        crc, hole_offset, hole_length = _PAGE_HEAD.unpack_from(stored)
+        split = _PAGE_HEAD.size + hole_offset
+        restored = stored[_PAGE_HEAD.size : split] + bytes(hole_length) + stored[split:]
+        if len(restored) == PAGE_BYTES and google_crc32c.value(key + restored) == crc:
+            return restored
+    raise CorruptData(f"{what} does not match its checksum")

@@ -49,6 +49,11 @@ class PageSupervisor:
         self._process: PageProcess | None = None
         self._notifying = False
 
+    @property
+    def running(self) -> bool:
+        """Whether there is one now."""
+        return self._process is not None
+
     def notify(self) -> None:
         """The log grew, or volumes came or went. Cheap."""
         if not self._notifying:

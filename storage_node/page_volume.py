@@ -19,13 +19,15 @@ from boreal.errors import (
     VolumeMismatch,
 )
 from boreal.types import BlockNumber, Epoch, Lsn, PageKey, RelationFork, VolumeId, format_lsn
+from storage_node.compaction import Compaction
 from storage_node.config import StorageConfig, VolumeLayout
-from storage_node.index import Imported, PageIndex
+from storage_node.index import PageIndex
 from storage_node.ingest import Ingest
 from storage_node.log import LogReader
 from storage_node.materialize import Materializer
-from storage_node.page_store import PageStore
-from storage_node.redo.after_image import AfterImageRedo
+from storage_node.page_store import Imported, PageStore
+from storage_node.redo.native import NativeRedo
+from storage_node.retire import Retirement
 from storage_node.shared_state import SharedState
 
 _log = structlog.get_logger(__name__)
@@ -38,7 +40,33 @@ class _Materialization:
     index: PageIndex
     ingest: Ingest
     materializer: Materializer
-    task: asyncio.Task[None]
+    compaction: Compaction
+    retirement: Retirement
+    tasks: tuple[asyncio.Task[None], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexGauges:
+    """How the page index of a volume is doing."""
+
+    indexed: Lsn
+    """The end of the last indexed record."""
+    lag_bytes: int
+    """Durable log that is not indexed yet."""
+    retired: Lsn
+    """No log below it is needed."""
+    lowest: Lsn
+    """Pages can be had as of this LSN and later ones."""
+    layers: int
+    """Sealed ones."""
+    versions: int
+    """Stored pages, besides the imported ones."""
+    longest_chain: int
+    """The most records that lately had to be applied to make a page."""
+    refused_pages: int
+    """Pages given up when log was retired, since the process began: unknown records, damage."""
+    held: str
+    """Why no log is retired though it is time; empty in health."""
 
 
 class PageVolume:
@@ -49,14 +77,21 @@ class PageVolume:
     """
 
     def __init__(
-        self, volume: VolumeId, layout: VolumeLayout, tasks: asyncio.TaskGroup, boot_id: str
+        self,
+        volume: VolumeId,
+        layout: VolumeLayout,
+        tasks: asyncio.TaskGroup,
+        *,
+        retain_log_bytes: int,
+        chain_records: int,
     ) -> None:
         self.volume = volume
         self.importing = asyncio.Lock()
         """Held by the one import that runs."""
         self._layout = layout
         self._tasks = tasks
-        self._boot_id = boot_id
+        self._retain_log_bytes = retain_log_bytes
+        self._chain_records = chain_records
         self._file_number = layout.shared.stat().st_ino
         self.shared = SharedState(layout.shared)
         if self.shared.scl == 0:
@@ -131,12 +166,7 @@ class PageVolume:
         made = self._materialization
         if made is None:
             raise NotIndexedYet(f"the pages of {self.volume} are not imported here", indexed_lsn=0)
-        if lsn < made.index.imported_lsn:
-            raise BelowLogStart(
-                f"{self.volume} begins at {format_lsn(made.index.imported_lsn)}; "
-                f"there are no pages as of {format_lsn(lsn)}",
-                start_lsn=made.index.imported_lsn,
-            )
+        _check_not_below(made.index, self.volume, lsn)
         if 0 < lineage_epoch <= self.shared.lineage_epoch:
             # The log here is that lineage's, or one that took over all of it that was durable.
             made.ingest.told_durable(lsn)
@@ -149,6 +179,7 @@ class PageVolume:
         made = self._materialization
         if made is None:
             return [self.store.page(key) for key in keys]
+        _check_not_below(made.index, self.volume, lsn)
         with made.index.view() as view:
             return [made.materializer.page(view, key, lsn) for key in keys]
 
@@ -159,6 +190,7 @@ class PageVolume:
         if made is None:
             imported = self.store.imported
             return {} if imported is None else dict(imported.forks)
+        _check_not_below(made.index, self.volume, lsn)
         with made.index.view() as view:
             return view.relations(lsn)
 
@@ -173,12 +205,32 @@ class PageVolume:
         made = self._materialization
         return "" if made is None or made.ingest.failure is None else made.ingest.failure.message
 
+    @property
+    def gauges(self) -> IndexGauges | None:
+        """How the index is doing; None before the import."""
+        made = self._materialization
+        if made is None:
+            return None
+        durable = min(self.shared.scl, self.shared.vdl)
+        return IndexGauges(
+            indexed=made.index.indexed,
+            lag_bytes=max(durable - made.index.indexed, 0),
+            retired=made.index.retired,
+            lowest=made.index.lowest,
+            layers=len(made.index.layers),
+            versions=made.index.version_count,
+            longest_chain=made.materializer.longest_chain,
+            refused_pages=made.retirement.refused,
+            held=made.compaction.held,
+        )
+
     async def close(self) -> None:
-        """Stop the ingest and release everything."""
+        """Stop the ingest and the work in the background, and release everything."""
         made, self._materialization = self._materialization, None
         if made is not None:
-            made.task.cancel()
-            await asyncio.wait([made.task])
+            for task in made.tasks:
+                task.cancel()
+            await asyncio.wait(made.tasks)
             made.ingest.abandon()
             made.index.close()
         self.store.close()
@@ -191,29 +243,62 @@ class PageVolume:
         self._imported.set()
 
     def _make(self, imported: Imported) -> _Materialization:
-        log, redo = self._log, AfterImageRedo()
-        index = PageIndex.open(self._layout.pages / "index", imported, self._boot_id)
-        ingest = Ingest(volume=self.volume, index=index, log=log, shared=self.shared, redo=redo)
+        log, shared, redo = self._log, self.shared, NativeRedo()
+        index = PageIndex.open(
+            self._layout.pages / "index",
+            imported,
+            log_start=shared.start,
+            retain_bytes=self._retain_log_bytes,
+            chain_records=self._chain_records,
+        )
         materializer = Materializer(
             imported_page=self.store.page,
             read_log=lambda start, length: log.read(start, Lsn(start + length)),
             redo=redo,
         )
-        task = self._tasks.create_task(ingest.run(), name=f"ingest {self.volume}")
-        return _Materialization(index, ingest, materializer, task)
+        retirement = Retirement(
+            index=index,
+            materializer=materializer,
+            floor=lambda: shared.floor,
+            retain_bytes=self._retain_log_bytes,
+        )
+        ingest = Ingest(volume=self.volume, index=index, log=log, shared=shared, redo=redo)
+        compaction = Compaction(
+            volume=self.volume,
+            index=index,
+            materializer=materializer,
+            shared=shared,
+            retirement=retirement,
+            chain_records=self._chain_records,
+            on_sealed=ingest.wake,
+        )
+        ingest.on_work = compaction.wake
+        tasks = (
+            self._tasks.create_task(ingest.run(), name=f"ingest {self.volume}"),
+            self._tasks.create_task(compaction.run(), name=f"compaction {self.volume}"),
+        )
+        return _Materialization(index, ingest, materializer, compaction, retirement, tasks)
 
     def _check_open(self) -> None:
         if not self.store.open:
             raise UnknownVolume(f"{self.volume} was dropped")
 
 
+def _check_not_below(index: PageIndex, volume: VolumeId, lsn: Lsn) -> None:
+    if lsn < index.lowest:
+        raise BelowLogStart(
+            f"{volume} has pages as of {format_lsn(index.lowest)} and later; "
+            f"not as of {format_lsn(lsn)}",
+            start_lsn=index.lowest,
+        )
+
+
 class PageVolumes:
     """The node's volumes as they come and go. Owner of all `PageVolume`s."""
 
-    def __init__(self, config: StorageConfig, tasks: asyncio.TaskGroup, boot_id: str) -> None:
+    def __init__(self, config: StorageConfig, tasks: asyncio.TaskGroup) -> None:
         self._config = config
         self._tasks = tasks
-        self._boot_id = boot_id
         self._open: dict[VolumeId, PageVolume] = {}
 
     async def get(self, volume: str, epoch: Epoch) -> PageVolume:
@@ -257,7 +342,13 @@ class PageVolumes:
 
     def _open_volume(self, volume_id: VolumeId, layout: VolumeLayout) -> PageVolume:
         try:
-            volume = PageVolume(volume_id, layout, self._tasks, self._boot_id)
+            volume = PageVolume(
+                volume_id,
+                layout,
+                self._tasks,
+                retain_log_bytes=self._config.retain_log_bytes,
+                chain_records=self._config.chain_records,
+            )
         except FileNotFoundError as error:
             raise UnknownVolume(f"there is no volume {volume_id} on this node") from error
         self._open[volume_id] = volume

@@ -12,7 +12,7 @@ import struct
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from google_crc32c import value
 
@@ -25,11 +25,19 @@ from boreal.errors import (
 )
 from boreal.frames import MAX_APPEND_BYTES
 from boreal.quorum import Accepted, Lineage, SegmentState
-from boreal.types import PAGE_BYTES, WAL_SEGMENT_BYTES, Epoch, Lsn, format_lsn
+from boreal.types import (
+    PAGE_BYTES,
+    WAL_SEGMENT_BYTES,
+    Epoch,
+    Lsn,
+    format_lsn,
+    wal_segment_start,
+)
 from storage_node.bundles import BundleStore
 from storage_node.config import VolumeLayout
 from storage_node.disk import disk_error, sync_directory, telling_disk_full, write_durably
 from storage_node.log import LogReader, VolumeLog
+from storage_node.pressure import Pressure
 from storage_node.shared_state import SharedState
 
 _WAL_PAGE_START = struct.Struct("<HHIQ")
@@ -63,7 +71,18 @@ class VolumeFacts:
 
     system_identifier: int
     start: Lsn
+    """Where its log began. What is kept of it may begin later: SegmentState.start."""
     materialize: bool
+
+
+class _Stored(NamedTuple):
+    """What the state file says. Where the log ends, the log itself says."""
+
+    facts: VolumeFacts
+    promised: Epoch
+    lineage: Lineage
+    kept_from: Lsn
+    vdl: Lsn
 
 
 def _encode_state(facts: VolumeFacts, state: SegmentState) -> bytes:
@@ -72,6 +91,7 @@ def _encode_state(facts: VolumeFacts, state: SegmentState) -> bytes:
             "system_identifier": facts.system_identifier,
             "start": facts.start,
             "materialize": facts.materialize,
+            "kept_from": state.start,
             "promised": state.promised,
             "lineage": state.lineage.entries,
             "vdl": state.vdl,
@@ -80,7 +100,7 @@ def _encode_state(facts: VolumeFacts, state: SegmentState) -> bytes:
     return b"%08x %s\n" % (value(body), body)
 
 
-def _decode_state(data: bytes, path: Path) -> tuple[VolumeFacts, Epoch, Lineage, Lsn]:
+def _decode_state(data: bytes, path: Path) -> _Stored:
     crc, _, body = data.rstrip(b"\n").partition(b" ")
     if crc != b"%08x" % value(body):
         raise CorruptData(f"{path} does not match its checksum; rebuild this segment from a peer")
@@ -90,7 +110,13 @@ def _decode_state(data: bytes, path: Path) -> tuple[VolumeFacts, Epoch, Lineage,
         start=Lsn(fields["start"]),
         materialize=fields["materialize"],
     )
-    return facts, Epoch(fields["promised"]), Lineage.of(fields["lineage"]), Lsn(fields["vdl"])
+    return _Stored(
+        facts=facts,
+        promised=Epoch(fields["promised"]),
+        lineage=Lineage.of(fields["lineage"]),
+        kept_from=Lsn(fields["kept_from"]),
+        vdl=Lsn(fields["vdl"]),
+    )
 
 
 class Segment:
@@ -103,19 +129,21 @@ class Segment:
     def __init__(self, layout: VolumeLayout) -> None:
         """Open what is on disk. CorruptData if its state cannot be trusted."""
         self.layout = layout
-        self.facts, promised, lineage, vdl = _decode_state(layout.state.read_bytes(), layout.state)
-        self._log = VolumeLog(layout.log, self.facts.start, lineage.timelines())
+        stored = _decode_state(layout.state.read_bytes(), layout.state)
+        self.facts, lineage = stored.facts, stored.lineage
+        self._log = VolumeLog(layout.log, stored.kept_from, lineage.timelines())
         self.state = SegmentState(
-            promised=promised,
+            promised=stored.promised,
             lineage=lineage,
-            start=self.facts.start,
+            start=stored.kept_from,
             scl=self._log.end,
-            vdl=min(vdl, self._log.end),
+            vdl=min(stored.vdl, self._log.end),
         )
         self._staged = self.state
         """The state once what is written is durable."""
         self.known_end = max(self._log.end, lineage.last.start)
         """The furthest the volume's log is known to reach, by all that was heard of it."""
+        self._stranded_below = Lsn(0)
         self.appends = 0
         """How many of the writer's appends with data were taken; only ever grows."""
         self.closed = False
@@ -123,7 +151,8 @@ class Segment:
             self.shared = SharedState(layout.shared)
         except (FileNotFoundError, CorruptData):
             self.shared = SharedState.create(layout.shared)
-        self.shared.start = self.facts.start
+        # What log may be dropped is to be said anew: the file may be older than what it tells of.
+        self.shared.pgmrpl = self.shared.floor = self.shared.retired = Lsn(0)
         self.shared.materialize = self.facts.materialize
         self.shared.generation = (self.shared.generation | 1) + 1
         self._publish()
@@ -225,6 +254,49 @@ class Segment:
         if pgmrpl > self.shared.pgmrpl:
             self.shared.pgmrpl = Lsn(pgmrpl)
 
+    # --- what is kept of the log ---------------------------------------------------------------
+
+    def raise_floor(self) -> None:
+        """Tell the page process below what nobody will ask for anything here (SharedState.floor).
+
+        The writer speaks for all instances and nodes; the oldest bundle kept here must have what it
+        is replayed from.
+        """
+        floor = min(self.shared.pgmrpl, self.bundles.oldest_redo, self.state.vdl)
+        self.shared.floor = max(self.shared.floor, floor)
+
+    def trim(self) -> list[Path]:
+        """Drop the whole segments of the log that nobody needs; return their files, to be deleted.
+
+        That the log begins later is durable on return, and readers are told; a segment that a kept
+        bundle is replayed from stays whole, for PostgreSQL asks for WAL from a segment's start.
+        """
+        floor = self.shared.floor
+        retired = self.shared.retired if self.facts.materialize else floor
+        start = wal_segment_start(min(floor, retired, self.state.vdl))
+        if start <= self.state.start:
+            return []
+        self._make_durable(self.state.trim(start))
+        self.reader.release_dropped()
+        return self._log.forget_below(start)
+
+    @property
+    def index_lag_bytes(self) -> int:
+        """Log that is here and not yet in the page index; 0 if no pages are made of it."""
+        if not self.facts.materialize:
+            return 0
+        return max(0, self.state.scl - max(self.shared.indexed, self.state.start))
+
+    def ack_delay_s(self, pressure: Pressure, append_bytes: int) -> float:
+        """How long the ack of so many bytes is to be held back now."""
+        if not append_bytes:
+            return 0.0
+        lag_bytes = self.index_lag_bytes
+        # An index that stopped for good does not come nearer for being waited for.
+        if lag_bytes <= pressure.soft_bytes or self.shared.failure:
+            return 0.0
+        return pressure.delay_s(lag_bytes, append_bytes)
+
     # --- its own matters -----------------------------------------------------------------------
 
     @property
@@ -235,6 +307,12 @@ class Segment:
     @property
     def failure(self) -> str:
         """What an operator should know; empty in health."""
+        gap = self._stranded_below
+        if gap > self.state.scl:
+            return (
+                f"the log from {format_lsn(self.state.scl)} to {format_lsn(gap)} is kept by no "
+                "storage node that answers; start those that are away"
+            )
         damaged = self._log.damaged
         if damaged:
             pages = ", ".join(format_lsn(lsn) for lsn in damaged[:8])
@@ -244,6 +322,11 @@ class Segment:
     def nothing_further(self) -> None:
         """The peers were asked, and none of them has more."""
         self.known_end = max(self.state.scl, self.state.lineage.last.start)
+
+    def stranded(self, start: Lsn) -> None:
+        """The peers were asked, and those that have more keep it from `start` on only."""
+        self._stranded_below = start
+        self.nothing_further()
 
     def close(self, *, dropped: bool = False) -> None:
         """Close everything. `dropped`: tell the page process to do so too."""
@@ -272,6 +355,7 @@ class Segment:
 
     def _publish(self) -> None:
         shared, state = self.shared, self.state
+        shared.start = state.start
         shared.promised = state.promised
         shared.scl = state.scl
         shared.vdl = state.vdl

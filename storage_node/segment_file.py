@@ -184,7 +184,10 @@ class SegmentFile:
         return data.ljust(WAL_SEGMENT_BYTES, b"\0")
 
     def write(self, data: bytes) -> None:
-        """Append bytes that fit. They count once `sync` and then `publish` have returned."""
+        """Append bytes that fit. They count once `sync` and then `publish` have returned.
+
+        OSError: nothing was appended.
+        """
         # Said first: what a write that fails half-way left behind must be known too.
         self._written_bytes = max(self._written_bytes, self.filled_bytes + len(data))
         _write_all(self._descriptor, data, self.filled_bytes)
@@ -193,6 +196,9 @@ class SegmentFile:
     def _absorb(self, data: bytes) -> None:
         """Take bytes that are in the file into the checksums."""
         filled, crc, offset = self.filled_bytes, self._crc, 0
+        if filled % PAGE_BYTES + len(data) < PAGE_BYTES:  # as most commits do
+            self.filled_bytes, self._crc = filled + len(data), extend(crc, data)
+            return
         while offset < len(data):
             piece = data[offset : offset + PAGE_BYTES - filled % PAGE_BYTES]
             crc = extend(crc, piece)
@@ -210,14 +216,17 @@ class SegmentFile:
 
     def publish(self) -> None:
         """Count the synced bytes as held. OSError: they are not."""
-        before = self.sidecar.tail
-        self.sidecar.tail = Tail(self.filled_bytes, self._crc)
-        if self.filled_bytes == WAL_SEGMENT_BYTES:
-            try:
-                self.sidecar.sync()
-            except OSError:
-                self.sidecar.tail = before
-                raise
+        sidecar, filled_bytes = self.sidecar, self.filled_bytes
+        if filled_bytes < WAL_SEGMENT_BYTES:
+            sidecar.tail = Tail(filled_bytes, self._crc)
+            return
+        before = sidecar.tail
+        sidecar.tail = Tail(filled_bytes, self._crc)
+        try:
+            sidecar.sync()
+        except OSError:
+            sidecar.tail = before
+            raise
 
     def mark(self) -> Tail:
         """Where writing stands, for `reset`."""

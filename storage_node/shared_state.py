@@ -25,9 +25,9 @@ _FAILURE_LIMIT_BYTES = 1024
 
 # Word numbers. Written by the log process:
 _MAGIC_WORD, _PROMISED, _START, _SCL, _VDL, _PGMRPL, _MATERIALIZE, _GENERATION, _DROPPED = range(9)
-_LINEAGE_EPOCH = 9
+_LINEAGE_EPOCH, _FLOOR = 9, 10
 # Written by the page process:
-_INDEXED, _FAILURE_SEQUENCE, _FAILURE_BYTES = range(16, 19)
+_INDEXED, _FAILURE_SEQUENCE, _FAILURE_BYTES, _RETIRED = range(16, 20)
 
 
 class SharedState:
@@ -122,6 +122,18 @@ class SharedState:
         self._words[_PGMRPL] = lsn
 
     @property
+    def floor(self) -> Lsn:
+        """Nobody asks for a page as of an LSN below it, and no bundle starts below it; 0: unknown.
+
+        Only ever grows. The page process may forget what only older states of pages need.
+        """
+        return Lsn(self._words[_FLOOR])
+
+    @floor.setter
+    def floor(self, lsn: Lsn) -> None:
+        self._words[_FLOOR] = lsn
+
+    @property
     def materialize(self) -> bool:
         """Whether pages are wanted at all; false for log-only volumes. Never changes."""
         return bool(self._words[_MATERIALIZE])
@@ -162,6 +174,18 @@ class SharedState:
     @indexed.setter
     def indexed(self, lsn: Lsn) -> None:
         self._words[_INDEXED] = lsn
+
+    @property
+    def retired(self) -> Lsn:
+        """The page process needs no byte of the log below it, durably; 0: it may need every one.
+
+        The log process makes it 0 before a page process starts.
+        """
+        return Lsn(self._words[_RETIRED])
+
+    @retired.setter
+    def retired(self, lsn: Lsn) -> None:
+        self._words[_RETIRED] = lsn
 
     @property
     def failure(self) -> str:

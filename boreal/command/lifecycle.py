@@ -65,6 +65,10 @@ class UpOptions:
     postgres_port: int | None = None
     """None: the one the cluster has, or the default for a new one."""
     ship_only: bool = False
+    retain_log_mib: int | None = None
+    """None: as it is, or as storage nodes think best."""
+    cache_bytes: int | None = None
+    """Bound on a compute node's local pages, 0 for none. None: as it is."""
 
 
 def bring_up(options: UpOptions, reporter: Reporter | None = None) -> ClusterConfig:
@@ -118,10 +122,15 @@ def _settle_config(
         port = options.postgres_port or cluster.POSTGRES_PORT
         _check_port_free(port)
         config = cluster.create(options.data_dir, postgres_port=port, ship_only=options.ship_only)
+        config = replace(config, retain_log_mib=options.retain_log_mib)
+        config = replace(config, cache_bytes=options.cache_bytes or 0)
         config.save()
         return config
     before = cluster.load(options.data_dir)
     config = _with_postgres_port(before, options.postgres_port, processes)
+    config = replace(config, retain_log_mib=options.retain_log_mib or config.retain_log_mib)
+    if options.cache_bytes is not None:
+        config = replace(config, cache_bytes=options.cache_bytes)
     if options.ship_only and not config.ship_only:
         raise BadUsage("this cluster was not made for --ship-only; use another --data-dir")
     if not any(processes.status(name).alive for name in config.names):

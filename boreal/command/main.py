@@ -12,6 +12,7 @@ import click
 
 from boreal import cluster
 from boreal.cluster import ClusterConfig
+from boreal.command.size import Size
 from boreal.errors import BadUsage, BorealError
 
 _FOLLOW_POLL_S = 0.1
@@ -81,12 +82,37 @@ def _data_dir_option(verb: Callable[..., Any]) -> Callable[..., Any]:
     help=f"Where PostgreSQL listens.  [default: {cluster.POSTGRES_PORT}, or as before]",
 )
 @click.option("--ship-only", is_flag=True, hidden=True, help="Keep the log, make no pages (bench).")
-def up(data_dir: Path, port: int | None, ship_only: bool) -> None:
+@click.option(
+    "--retain-log-mib",
+    type=click.IntRange(1),
+    help="How much log a storage node keeps that nobody needs; for nodes started from now on.",
+)
+@click.option(
+    "--cache-size",
+    type=Size(least_bytes=16 * 1024 * 1024),
+    metavar="SIZE",
+    help="Bound on the pages the compute node keeps on its disk: 512MB, 2GB, unlimited; for one "
+    "started from now on. A soft bound: pages just written or read, and those that running "
+    "transactions may have changed, come on top.  [default: unlimited, or as before]",
+)
+def up(
+    data_dir: Path,
+    port: int | None,
+    ship_only: bool,
+    retain_log_mib: int | None,
+    cache_size: int | None,
+) -> None:
     """Start the cluster, or what is missing of it; return when SQL is served."""
     from boreal.command.card import Terminal, card
     from boreal.command.lifecycle import UpOptions, bring_up
 
-    options = UpOptions(data_dir=data_dir, postgres_port=port, ship_only=ship_only)
+    options = UpOptions(
+        data_dir=data_dir,
+        postgres_port=port,
+        ship_only=ship_only,
+        retain_log_mib=retain_log_mib,
+        cache_bytes=cache_size,
+    )
     terminal = Terminal()
     config = bring_up(options, terminal)
     terminal.phase("up, in all", terminal.elapsed_s)
@@ -162,10 +188,16 @@ async def _watch(config: ClusterConfig) -> None:
 @main.command()
 @_data_dir_option
 @click.option("--node", "nodes", multiple=True, metavar="NAME", help="Only this storage node.")
-def verify(data_dir: Path, nodes: tuple[str, ...]) -> None:
+@click.option(
+    "--offline",
+    metavar="NAME|DIR",
+    help="Check the files of this stopped storage node instead, page by page, record by record.",
+)
+def verify(data_dir: Path, nodes: tuple[str, ...], offline: str | None) -> None:
     """Compare every page that storage materializes with PostgreSQL's own.
 
-    Names each page that differs, and fails if there is any.
+    Every storage node is compared with its peers, too. Names each page that differs, and fails if
+    there is any.
     """
     import asyncio
 
@@ -173,7 +205,10 @@ def verify(data_dir: Path, nodes: tuple[str, ...]) -> None:
 
     from boreal.command.roster import storage_names
     from boreal.command.verify import verify as run
+    from boreal.command.verify import verify_offline
 
+    if offline is not None:
+        sys.exit(verify_offline(data_dir, offline))
     config = cluster.load(data_dir)
     for node in nodes:
         if node not in storage_names():

@@ -65,6 +65,7 @@ def _storage_options(config: ClusterConfig, entry: StorageEntry) -> tuple[str, .
         f"--log-port={entry.log_port}",
         f"--frames-port={entry.frames_port}",
         f"--pages-port={entry.pages_port}",
+        *((f"--retain-log-mib={config.retain_log_mib}",) if config.retain_log_mib else ()),
     )
 
 
@@ -78,4 +79,5 @@ def _compute_options(config: ClusterConfig) -> tuple[str, ...]:
         f"--postgres-port={config.postgres_port}",
         f"--password-file={config.password_file}",
         *(("--ship-only",) if config.ship_only else ()),
+        *((f"--cache-size={config.cache_bytes}",) if config.cache_bytes else ()),
     )

@@ -94,6 +94,9 @@ def _node(found: Gathered, name: str, vdl: int) -> Json:
         "lag_bytes": None,
         "indexed_lsn": None,
         "indexed_lag_bytes": None,
+        "log_start": None,
+        "log_kept_bytes": None,
+        "ack_delay_us": None,
         "failure": None,
     }
     nodes = found.cluster.storage if found.cluster else ()
@@ -110,6 +113,9 @@ def _node(found: Gathered, name: str, vdl: int) -> Json:
         "lag_bytes": max(0, vdl - segment.scl),
         "indexed_lsn": _lsn(segment.indexed_lsn),
         "indexed_lag_bytes": max(0, segment.scl - segment.indexed_lsn),
+        "log_start": _lsn(segment.start_lsn),
+        "log_kept_bytes": max(0, segment.scl - segment.start_lsn),
+        "ack_delay_us": segment.ack_delay_us,
         "failure": segment.failure or None,
     }
 
@@ -140,6 +146,8 @@ def _instance(found: Gathered) -> Json:
                 "state": link.state,
                 "scl": _lsn(link.scl),
                 "ack_latency_us": link.ack_latency_us,
+                "ack_p50_us": link.ack_p50_us,
+                "ack_p99_us": link.ack_p99_us,
             }
             for link in (status.links if status else ())
         ],
@@ -217,7 +225,7 @@ def _members(report: Json) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("name", "zone", "process", "pid", "state", "SCL / LSN"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("lag", "not indexed"):
+    for heading in ("lag", "not indexed", "log kept"):
         table.add_column(heading, justify="right", no_wrap=True)
     control = report["control"]
     table.add_row("control", "", *_process_cells(control), _word(control["answers"], "answers"))
@@ -230,6 +238,7 @@ def _members(report: Json) -> Table:
             node["scl"] or "-",
             _bytes(node["lag_bytes"]),
             _bytes(node["indexed_lag_bytes"]),
+            _bytes(node["log_kept_bytes"]),
         )
     for instance in report["compute"]:
         lsn = instance["flush_lsn"] or instance["replay_lsn"] or "-"
@@ -251,6 +260,8 @@ def _node_state(node: Json) -> Text:
         return Text("-", "dim")
     if node["alive"] is False:
         return Text(f"silent for {node['silent_ms'] / 1000:.0f} s", "yellow")
+    if node["ack_delay_us"]:
+        return Text(f"acks +{node['ack_delay_us'] / 1000:.0f} ms", "yellow")
     return _word(node["alive"], "alive")
 
 

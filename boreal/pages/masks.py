@@ -216,18 +216,24 @@ def _gin(page: bytearray, _block: int) -> None:
 _GIST_NSN_BYTES = 8  # offsets in GISTPageOpaqueData
 _GIST_FLAGS = 12
 _F_LEAF = 1 << 0
+_F_TUPLES_DELETED = 1 << 2
 _F_FOLLOW_RIGHT_OR_HAS_GARBAGE = 1 << 3 | 1 << 4
 
 
 def _gist(page: bytearray, _block: int) -> None:
-    """gistxlog.c. F_FOLLOW_RIGHT and the NSN change after the record that tells of the split."""
+    """gistxlog.c. F_FOLLOW_RIGHT and the NSN change after the record that tells of the split.
+
+    F_TUPLES_DELETED, which nobody reads, is set by redo of a DELETE (gistRedoDeleteRecord), but not
+    by the session that logs it (gistprunepage).
+    """
     _standard(page)
     special = PageHeader.of(page).special
     (flags,) = _U16.unpack_from(page, special + _GIST_FLAGS)
     page[special : special + _GIST_NSN_BYTES] = bytes(_GIST_NSN_BYTES)
     if flags & _F_LEAF:
         _mask_line_pointer_flags(page)
-    _clear_bits(page, special + _GIST_FLAGS, _F_FOLLOW_RIGHT_OR_HAS_GARBAGE)
+    hints = _F_FOLLOW_RIGHT_OR_HAS_GARBAGE | _F_TUPLES_DELETED
+    _clear_bits(page, special + _GIST_FLAGS, hints)
 
 
 def _spgist(page: bytearray, _block: int) -> None:

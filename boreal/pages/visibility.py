@@ -28,6 +28,18 @@ def clear(page: bytearray, heap_block: int, bits: int) -> None:
     page[byte] &= ~(bits << shift) & 0xFF
 
 
+def set_bits(page: bytearray, heap_block: int, bits: int) -> bool:
+    """Set `bits` of `heap_block` on the map page that holds them; False if it had just these.
+
+    (visibilitymap_set: only a page that changes gets the record's LSN.)
+    """
+    byte, shift = _place(heap_block)
+    if page[byte] >> shift & VALID_BITS == bits:
+        return False
+    page[byte] |= bits << shift
+    return True
+
+
 def truncated_blocks(heap_blocks: int) -> int:
     """How many map blocks remain at most when the heap is cut to `heap_blocks` blocks.
 

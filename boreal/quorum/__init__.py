@@ -18,13 +18,16 @@ position it saw. By induction over the epochs between, that log holds the range.
 as Raft's election restriction: the lineage entry plays the part of the new leader's first entry,
 which is why SCL alone must never decide.)
 
-The argument leans on three things that no segment can check by itself:
+The argument leans on four things that no segment can check by itself:
 
 - An epoch makes one plan. Two plans under one epoch are two histories of one name; whoever gives up
   a recovery half-way, or restarts, needs a new epoch.
 - A writer counts nothing before its whole log up to T is on a write quorum under its own lineage
   (`RecoveryPlan.carried_out`). Four copies of older bytes under older log epochs are not durable: a
   segment that was away may come back with a younger log epoch and fewer of them (Raft, figure 8).
+- Log is dropped only below a durable record's end that all six hold (`SegmentState.trim`,
+  `DurabilityTracker.held_everywhere`). So whatever a later writer takes over reaches down to where
+  it parts from any other segment, and whoever lacks something finds it at a peer.
 - Every segment begins with the epoch that created the volume (`SegmentState.created`), whenever it
   is made: given the current epoch, an empty segment would outrank every other.
 """

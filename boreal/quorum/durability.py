@@ -41,6 +41,16 @@ class DurabilityTracker:
         """The last SCL each segment reported under this lineage."""
         return self._scls
 
+    @property
+    def held_everywhere(self) -> Lsn | None:
+        """Every segment of the volume holds all below it; None while one has not reported.
+
+        A segment that is away counts with what it reported last: it will want the rest.
+        """
+        if len(self._scls) < self._rule.copies:
+            return None
+        return min(self._scls.values())
+
     def adopted(self, node: NodeName, scl: Lsn) -> Lsn:
         """A segment adopted this writer's lineage and stands at `scl`; return the VDL."""
         self._scls[node] = scl

@@ -7,14 +7,14 @@ never sees the bytes themselves.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from boreal.errors import Internal, LineageNotAdopted, LogGap, StaleEpoch
 from boreal.quorum.lineage import EpochStart, Lineage
 from boreal.types import Epoch, Lsn, format_lsn
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Accepted:
+class Accepted(NamedTuple):
     """An append was accepted: write the data without its first `skip` bytes at `at`."""
 
     at: Lsn
@@ -27,7 +27,8 @@ class Accepted:
 class SegmentState:
     """One segment of one volume.
 
-    Invariant: `start <= scl`; `vdl` is a durable point some writer told of, so no adopted lineage
+    Invariant: `start <= scl`, and no adopted lineage ever parts below `start` (`trim` sees to it);
+    `vdl` is a durable point some writer told of, so no adopted lineage
     ever parts below a record's end at or below it; `promised` is never below the lineage's last
     epoch and never shrinks. While `promised` is above it, the segment is *fenced*: it has promised
     a new writer to stay as it is, and accepts no bytes from anyone.
@@ -36,6 +37,7 @@ class SegmentState:
     promised: Epoch
     lineage: Lineage
     start: Lsn
+    """The log is kept from here on. Segments of one volume may differ in it."""
     scl: Lsn
     vdl: Lsn
 
@@ -151,6 +153,25 @@ class SegmentState:
             vdl=max(self.vdl, min(vdl, scl)),
         )
         return Accepted(at=self.scl, skip=skip, state=after)
+
+    def trim(self, floor: Lsn) -> SegmentState:
+        """Keep the log from `floor` on only; a floor that is lower than before changes nothing.
+
+        `floor` lies at or below a record's end that is durable and that every segment of the volume
+        holds: below it no lineage parts, recovery looks for no record, and nobody lacks anything.
+        Only the writer can know all of that. Checked here is what a segment can know.
+
+        Make the result durable *before* the log is dropped, else a crash in between would leave a
+        segment that says it holds what is gone.
+        """
+        if floor <= self.start:
+            return self
+        if floor > self.vdl:
+            raise Internal(
+                f"the log below {format_lsn(floor)} was to be dropped, but it is only known to be "
+                f"durable up to {format_lsn(self.vdl)}"
+            )
+        return replace(self, start=floor)
 
     def catch_up_from(self, lineage: Lineage) -> Lineage:
         """Check that a peer with `lineage` may fill this segment's log; return the lineage.

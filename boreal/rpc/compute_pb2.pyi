@@ -143,12 +143,17 @@ class LinkStatus(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     SCL_FIELD_NUMBER: _builtins.int
     ACK_LATENCY_US_FIELD_NUMBER: _builtins.int
+    ACK_P50_US_FIELD_NUMBER: _builtins.int
+    ACK_P99_US_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     state: _builtins.str
     """connecting, adopting, catching-up, streaming"""
     scl: _builtins.int
     ack_latency_us: _builtins.int
     """smoothed"""
+    ack_p50_us: _builtins.int
+    """Of the acks of the last seconds that made log durable; 0 without any."""
+    ack_p99_us: _builtins.int
     def __init__(
         self,
         *,
@@ -156,10 +161,12 @@ class LinkStatus(_message.Message):
         state: _builtins.str = ...,
         scl: _builtins.int = ...,
         ack_latency_us: _builtins.int = ...,
+        ack_p50_us: _builtins.int = ...,
+        ack_p99_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack_latency_us", b"ack_latency_us", "node", b"node", "scl", b"scl", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack_latency_us", b"ack_latency_us", "ack_p50_us", b"ack_p50_us", "ack_p99_us", b"ack_p99_us", "node", b"node", "scl", b"scl", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -303,9 +310,11 @@ class PageDifference(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     database: _builtins.str
+    """empty where PostgreSQL's catalogs do not know the fork"""
     relation: _builtins.str
     """schema-qualified"""
     block: _builtins.int
+    """the first missing or surplus one where the sizes differ"""
     reason: _builtins.str
     @_builtins.property
     def fork(self) -> _common_pb2.RelationFork: ...
@@ -337,11 +346,18 @@ class VerifySummary(_message.Message):
     DIFFERENCES_FIELD_NUMBER: _builtins.int
     LSN_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
+    ORPHANS_FIELD_NUMBER: _builtins.int
+    ORPHAN_PAGES_FIELD_NUMBER: _builtins.int
     pages: _builtins.int
     relations: _builtins.int
     databases: _builtins.int
     differences: _builtins.int
     lsn: _builtins.int
+    orphans: _builtins.int
+    """Forks that storage keeps and no catalog that can be read names: those of databases that take no
+    connections, and what an aborted transaction left. Only the nodes are compared on these.
+    """
+    orphan_pages: _builtins.int
     @_builtins.property
     def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -353,10 +369,12 @@ class VerifySummary(_message.Message):
         differences: _builtins.int = ...,
         lsn: _builtins.int = ...,
         nodes: _abc.Iterable[_builtins.str] | None = ...,
+        orphans: _builtins.int = ...,
+        orphan_pages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["databases", b"databases", "differences", b"differences", "lsn", b"lsn", "nodes", b"nodes", "pages", b"pages", "relations", b"relations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["databases", b"databases", "differences", b"differences", "lsn", b"lsn", "nodes", b"nodes", "orphan_pages", b"orphan_pages", "orphans", b"orphans", "pages", b"pages", "relations", b"relations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

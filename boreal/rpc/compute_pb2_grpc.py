@@ -68,8 +68,9 @@ class ComputeServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Verify(self, request, context):
-        """Compares PostgreSQL's own pages, after a checkpoint, with what storage materializes. Streams
-        progress, each difference, and a last message with the totals.
+        """Compares PostgreSQL's own pages, after a checkpoint, with what storage materializes, and the
+        storage nodes with each other. Streams progress, each difference, and a last message with the
+        totals.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,8 +39,9 @@ class ComputeStub:
     TakeBundle: _grpc.UnaryUnaryMultiCallable[_compute_pb2.TakeBundleRequest, _compute_pb2.TakeBundleResponse]
     """Takes a bundle now and returns when it is durable on a write quorum."""
     Verify: _grpc.UnaryStreamMultiCallable[_compute_pb2.VerifyRequest, _compute_pb2.VerifyEvent]
-    """Compares PostgreSQL's own pages, after a checkpoint, with what storage materializes. Streams
-    progress, each difference, and a last message with the totals.
+    """Compares PostgreSQL's own pages, after a checkpoint, with what storage materializes, and the
+    storage nodes with each other. Streams progress, each difference, and a last message with the
+    totals.
     """
 
 @_typing.type_check_only
@@ -50,8 +51,9 @@ class ComputeAsyncStub(ComputeStub):
     TakeBundle: _aio.UnaryUnaryMultiCallable[_compute_pb2.TakeBundleRequest, _compute_pb2.TakeBundleResponse]  # type: ignore[assignment]
     """Takes a bundle now and returns when it is durable on a write quorum."""
     Verify: _aio.UnaryStreamMultiCallable[_compute_pb2.VerifyRequest, _compute_pb2.VerifyEvent]  # type: ignore[assignment]
-    """Compares PostgreSQL's own pages, after a checkpoint, with what storage materializes. Streams
-    progress, each difference, and a last message with the totals.
+    """Compares PostgreSQL's own pages, after a checkpoint, with what storage materializes, and the
+    storage nodes with each other. Streams progress, each difference, and a last message with the
+    totals.
     """
 
 class ComputeServicer(metaclass=_abc_1.ABCMeta):
@@ -76,8 +78,9 @@ class ComputeServicer(metaclass=_abc_1.ABCMeta):
         request: _compute_pb2.VerifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_compute_pb2.VerifyEvent], _abc.AsyncIterator[_compute_pb2.VerifyEvent]]:
-        """Compares PostgreSQL's own pages, after a checkpoint, with what storage materializes. Streams
-        progress, each difference, and a last message with the totals.
+        """Compares PostgreSQL's own pages, after a checkpoint, with what storage materializes, and the
+        storage nodes with each other. Streams progress, each difference, and a last message with the
+        totals.
         """
 
 def add_ComputeServicer_to_server(servicer: ComputeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,7 +26,7 @@ from boreal.rpc import common_pb2 as boreal_dot_rpc_dot_common__pb2
 from boreal.rpc import compute_pb2 as boreal_dot_rpc_dot_compute__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62oreal/rpc/control.proto\x12\x06\x62oreal\x1a\x17\x62oreal/rpc/common.proto\x1a\x18\x62oreal/rpc/compute.proto\">\n\x10StorageAddresses\x12\x0b\n\x03log\x18\x01 \x01(\t\x12\x0e\n\x06\x66rames\x18\x02 \x01(\t\x12\r\n\x05pages\x18\x03 \x01(\t\"V\n\x0bStorageNode\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04zone\x18\x02 \x01(\t\x12+\n\taddresses\x18\x03 \x01(\x0b\x32\x18.boreal.StorageAddresses\"z\n\rSegmentReport\x12\x11\n\tvolume_id\x18\x01 \x01(\t\x12\x16\n\x0epromised_epoch\x18\x02 \x01(\x04\x12\x0b\n\x03scl\x18\x03 \x01(\x04\x12\x0b\n\x03vdl\x18\x04 \x01(\x04\x12\x13\n\x0bindexed_lsn\x18\x05 \x01(\x04\x12\x0f\n\x07\x66\x61ilure\x18\x06 \x01(\t\"\x87\x01\n\x17StorageHeartbeatRequest\x12!\n\x04node\x18\x01 \x01(\x0b\x32\x13.boreal.StorageNode\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\'\n\x08segments\x18\x04 \x03(\x0b\x32\x15.boreal.SegmentReport\"@\n\x18StorageHeartbeatResponse\x12$\n\x07members\x18\x01 \x03(\x0b\x32\x13.boreal.StorageNode\"u\n\x17\x43omputeHeartbeatRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x15\n\rpostgres_port\x18\x02 \x01(\r\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12%\n\x06status\x18\x04 \x01(\x0b\x32\x15.boreal.ComputeStatus\"^\n\x18\x43omputeHeartbeatResponse\x12\x1c\n\x05order\x18\x01 \x01(\x0b\x32\r.boreal.Order\x12$\n\x07members\x18\x02 \x03(\x0b\x32\x13.boreal.StorageNode\"\xac\x01\n\x05Order\x12 \n\x04kind\x18\x01 \x01(\x0e\x32\x12.boreal.Order.Kind\x12!\n\x06volume\x18\x02 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x0e\n\x06reason\x18\x03 \x01(\t\"N\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x08\n\x04WAIT\x10\x01\x12\x11\n\rCREATE_VOLUME\x10\x02\x12\x08\n\x04READ\x10\x03\x12\t\n\x05WRITE\x10\x04\"f\n\x14VolumeCreatedRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x19\n\x11system_identifier\x18\x03 \x01(\x04\"\x17\n\x15VolumeCreatedResponse\"\x19\n\x17GetClusterStatusRequest\"\xbc\x01\n\rClusterStatus\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x14\n\x0cvolume_ready\x18\x02 \x01(\x08\x12\x0e\n\x06writer\x18\x03 \x01(\t\x12*\n\x07storage\x18\x04 \x03(\x0b\x32\x19.boreal.StorageNodeStatus\x12)\n\tinstances\x18\x05 \x03(\x0b\x32\x16.boreal.InstanceStatus\x12\x0b\n\x03pid\x18\x06 \x01(\r\"\x8e\x01\n\x11StorageNodeStatus\x12!\n\x04node\x18\x01 \x01(\x0b\x32\x13.boreal.StorageNode\x12\r\n\x05\x61live\x18\x02 \x01(\x08\x12\x11\n\tsilent_ms\x18\x03 \x01(\x04\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\'\n\x08segments\x18\x05 \x03(\x0b\x32\x15.boreal.SegmentReport\"\x8e\x01\n\x0eInstanceStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x15\n\rpostgres_port\x18\x02 \x01(\r\x12\r\n\x05\x61live\x18\x03 \x01(\x08\x12\x11\n\tsilent_ms\x18\x04 \x01(\x04\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12%\n\x06status\x18\x06 \x01(\x0b\x32\x15.boreal.ComputeStatus2\xca\x02\n\x07\x43ontrol\x12U\n\x10StorageHeartbeat\x12\x1f.boreal.StorageHeartbeatRequest\x1a .boreal.StorageHeartbeatResponse\x12U\n\x10\x43omputeHeartbeat\x12\x1f.boreal.ComputeHeartbeatRequest\x1a .boreal.ComputeHeartbeatResponse\x12L\n\rVolumeCreated\x12\x1c.boreal.VolumeCreatedRequest\x1a\x1d.boreal.VolumeCreatedResponse\x12\x43\n\tGetStatus\x12\x1f.boreal.GetClusterStatusRequest\x1a\x15.boreal.ClusterStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62oreal/rpc/control.proto\x12\x06\x62oreal\x1a\x17\x62oreal/rpc/common.proto\x1a\x18\x62oreal/rpc/compute.proto\">\n\x10StorageAddresses\x12\x0b\n\x03log\x18\x01 \x01(\t\x12\x0e\n\x06\x66rames\x18\x02 \x01(\t\x12\r\n\x05pages\x18\x03 \x01(\t\"V\n\x0bStorageNode\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04zone\x18\x02 \x01(\t\x12+\n\taddresses\x18\x03 \x01(\x0b\x32\x18.boreal.StorageAddresses\"\xa3\x01\n\rSegmentReport\x12\x11\n\tvolume_id\x18\x01 \x01(\t\x12\x16\n\x0epromised_epoch\x18\x02 \x01(\x04\x12\x0b\n\x03scl\x18\x03 \x01(\x04\x12\x0b\n\x03vdl\x18\x04 \x01(\x04\x12\x13\n\x0bindexed_lsn\x18\x05 \x01(\x04\x12\x0f\n\x07\x66\x61ilure\x18\x06 \x01(\t\x12\x11\n\tstart_lsn\x18\x07 \x01(\x04\x12\x14\n\x0c\x61\x63k_delay_us\x18\x08 \x01(\x04\"\x87\x01\n\x17StorageHeartbeatRequest\x12!\n\x04node\x18\x01 \x01(\x0b\x32\x13.boreal.StorageNode\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\'\n\x08segments\x18\x04 \x03(\x0b\x32\x15.boreal.SegmentReport\"@\n\x18StorageHeartbeatResponse\x12$\n\x07members\x18\x01 \x03(\x0b\x32\x13.boreal.StorageNode\"u\n\x17\x43omputeHeartbeatRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x15\n\rpostgres_port\x18\x02 \x01(\r\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12%\n\x06status\x18\x04 \x01(\x0b\x32\x15.boreal.ComputeStatus\"^\n\x18\x43omputeHeartbeatResponse\x12\x1c\n\x05order\x18\x01 \x01(\x0b\x32\r.boreal.Order\x12$\n\x07members\x18\x02 \x03(\x0b\x32\x13.boreal.StorageNode\"\xac\x01\n\x05Order\x12 \n\x04kind\x18\x01 \x01(\x0e\x32\x12.boreal.Order.Kind\x12!\n\x06volume\x18\x02 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x0e\n\x06reason\x18\x03 \x01(\t\"N\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x08\n\x04WAIT\x10\x01\x12\x11\n\rCREATE_VOLUME\x10\x02\x12\x08\n\x04READ\x10\x03\x12\t\n\x05WRITE\x10\x04\"f\n\x14VolumeCreatedRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x19\n\x11system_identifier\x18\x03 \x01(\x04\"\x17\n\x15VolumeCreatedResponse\"\x19\n\x17GetClusterStatusRequest\"\xbc\x01\n\rClusterStatus\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x14\n\x0cvolume_ready\x18\x02 \x01(\x08\x12\x0e\n\x06writer\x18\x03 \x01(\t\x12*\n\x07storage\x18\x04 \x03(\x0b\x32\x19.boreal.StorageNodeStatus\x12)\n\tinstances\x18\x05 \x03(\x0b\x32\x16.boreal.InstanceStatus\x12\x0b\n\x03pid\x18\x06 \x01(\r\"\x8e\x01\n\x11StorageNodeStatus\x12!\n\x04node\x18\x01 \x01(\x0b\x32\x13.boreal.StorageNode\x12\r\n\x05\x61live\x18\x02 \x01(\x08\x12\x11\n\tsilent_ms\x18\x03 \x01(\x04\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\'\n\x08segments\x18\x05 \x03(\x0b\x32\x15.boreal.SegmentReport\"\x8e\x01\n\x0eInstanceStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x15\n\rpostgres_port\x18\x02 \x01(\r\x12\r\n\x05\x61live\x18\x03 \x01(\x08\x12\x11\n\tsilent_ms\x18\x04 \x01(\x04\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12%\n\x06status\x18\x06 \x01(\x0b\x32\x15.boreal.ComputeStatus2\xca\x02\n\x07\x43ontrol\x12U\n\x10StorageHeartbeat\x12\x1f.boreal.StorageHeartbeatRequest\x1a .boreal.StorageHeartbeatResponse\x12U\n\x10\x43omputeHeartbeat\x12\x1f.boreal.ComputeHeartbeatRequest\x1a .boreal.ComputeHeartbeatResponse\x12L\n\rVolumeCreated\x12\x1c.boreal.VolumeCreatedRequest\x1a\x1d.boreal.VolumeCreatedResponse\x12\x43\n\tGetStatus\x12\x1f.boreal.GetClusterStatusRequest\x1a\x15.boreal.ClusterStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,32 +37,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STORAGEADDRESSES']._serialized_end=149
   _globals['_STORAGENODE']._serialized_start=151
   _globals['_STORAGENODE']._serialized_end=237
-  _globals['_SEGMENTREPORT']._serialized_start=239
-  _globals['_SEGMENTREPORT']._serialized_end=361
-  _globals['_STORAGEHEARTBEATREQUEST']._serialized_start=364
-  _globals['_STORAGEHEARTBEATREQUEST']._serialized_end=499
-  _globals['_STORAGEHEARTBEATRESPONSE']._serialized_start=501
-  _globals['_STORAGEHEARTBEATRESPONSE']._serialized_end=565
-  _globals['_COMPUTEHEARTBEATREQUEST']._serialized_start=567
-  _globals['_COMPUTEHEARTBEATREQUEST']._serialized_end=684
-  _globals['_COMPUTEHEARTBEATRESPONSE']._serialized_start=686
-  _globals['_COMPUTEHEARTBEATRESPONSE']._serialized_end=780
-  _globals['_ORDER']._serialized_start=783
-  _globals['_ORDER']._serialized_end=955
-  _globals['_ORDER_KIND']._serialized_start=877
-  _globals['_ORDER_KIND']._serialized_end=955
-  _globals['_VOLUMECREATEDREQUEST']._serialized_start=957
-  _globals['_VOLUMECREATEDREQUEST']._serialized_end=1059
-  _globals['_VOLUMECREATEDRESPONSE']._serialized_start=1061
-  _globals['_VOLUMECREATEDRESPONSE']._serialized_end=1084
-  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_start=1086
-  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_end=1111
-  _globals['_CLUSTERSTATUS']._serialized_start=1114
-  _globals['_CLUSTERSTATUS']._serialized_end=1302
-  _globals['_STORAGENODESTATUS']._serialized_start=1305
-  _globals['_STORAGENODESTATUS']._serialized_end=1447
-  _globals['_INSTANCESTATUS']._serialized_start=1450
-  _globals['_INSTANCESTATUS']._serialized_end=1592
-  _globals['_CONTROL']._serialized_start=1595
-  _globals['_CONTROL']._serialized_end=1925
+  _globals['_SEGMENTREPORT']._serialized_start=240
+  _globals['_SEGMENTREPORT']._serialized_end=403
+  _globals['_STORAGEHEARTBEATREQUEST']._serialized_start=406
+  _globals['_STORAGEHEARTBEATREQUEST']._serialized_end=541
+  _globals['_STORAGEHEARTBEATRESPONSE']._serialized_start=543
+  _globals['_STORAGEHEARTBEATRESPONSE']._serialized_end=607
+  _globals['_COMPUTEHEARTBEATREQUEST']._serialized_start=609
+  _globals['_COMPUTEHEARTBEATREQUEST']._serialized_end=726
+  _globals['_COMPUTEHEARTBEATRESPONSE']._serialized_start=728
+  _globals['_COMPUTEHEARTBEATRESPONSE']._serialized_end=822
+  _globals['_ORDER']._serialized_start=825
+  _globals['_ORDER']._serialized_end=997
+  _globals['_ORDER_KIND']._serialized_start=919
+  _globals['_ORDER_KIND']._serialized_end=997
+  _globals['_VOLUMECREATEDREQUEST']._serialized_start=999
+  _globals['_VOLUMECREATEDREQUEST']._serialized_end=1101
+  _globals['_VOLUMECREATEDRESPONSE']._serialized_start=1103
+  _globals['_VOLUMECREATEDRESPONSE']._serialized_end=1126
+  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_start=1128
+  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_end=1153
+  _globals['_CLUSTERSTATUS']._serialized_start=1156
+  _globals['_CLUSTERSTATUS']._serialized_end=1344
+  _globals['_STORAGENODESTATUS']._serialized_start=1347
+  _globals['_STORAGENODESTATUS']._serialized_end=1489
+  _globals['_INSTANCESTATUS']._serialized_start=1492
+  _globals['_INSTANCESTATUS']._serialized_end=1634
+  _globals['_CONTROL']._serialized_start=1637
+  _globals['_CONTROL']._serialized_end=1967
 # @@protoc_insertion_point(module_scope)

@@ -89,12 +89,18 @@ class SegmentReport(_message.Message):
     VDL_FIELD_NUMBER: _builtins.int
     INDEXED_LSN_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    START_LSN_FIELD_NUMBER: _builtins.int
+    ACK_DELAY_US_FIELD_NUMBER: _builtins.int
     volume_id: _builtins.str
     promised_epoch: _builtins.int
     scl: _builtins.int
     vdl: _builtins.int
     indexed_lsn: _builtins.int
     failure: _builtins.str
+    start_lsn: _builtins.int
+    """the log is kept from here on"""
+    ack_delay_us: _builtins.int
+    """how long the ack of a small append is held back, for the index lags"""
     def __init__(
         self,
         *,
@@ -104,10 +110,12 @@ class SegmentReport(_message.Message):
         vdl: _builtins.int = ...,
         indexed_lsn: _builtins.int = ...,
         failure: _builtins.str = ...,
+        start_lsn: _builtins.int = ...,
+        ack_delay_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "indexed_lsn", b"indexed_lsn", "promised_epoch", b"promised_epoch", "scl", b"scl", "vdl", b"vdl", "volume_id", b"volume_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack_delay_us", b"ack_delay_us", "failure", b"failure", "indexed_lsn", b"indexed_lsn", "promised_epoch", b"promised_epoch", "scl", b"scl", "start_lsn", b"start_lsn", "vdl", b"vdl", "volume_id", b"volume_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from boreal.rpc import common_pb2 as boreal_dot_rpc_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62oreal/rpc/storage.proto\x12\x06\x62oreal\x1a\x17\x62oreal/rpc/common.proto\"{\n\x13\x43reateVolumeRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x19\n\x11system_identifier\x18\x02 \x01(\x04\x12\x11\n\tstart_lsn\x18\x03 \x01(\x04\x12\x13\n\x0bmaterialize\x18\x04 \x01(\x08\"6\n\x11\x44ropVolumeRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\"\x14\n\x12\x44ropVolumeResponse\"1\n\x0c\x46\x65nceRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\"V\n\x0c\x41\x64optRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12#\n\x07lineage\x18\x02 \x03(\x0b\x32\x12.boreal.EpochStart\"7\n\x12GetPositionRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\"\xb2\x01\n\x08Position\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x16\n\x0epromised_epoch\x18\x02 \x01(\x04\x12#\n\x07lineage\x18\x03 \x03(\x0b\x32\x12.boreal.EpochStart\x12\x11\n\tstart_lsn\x18\x04 \x01(\x04\x12\x0b\n\x03scl\x18\x05 \x01(\x04\x12\x0b\n\x03vdl\x18\x06 \x01(\x04\x12\x19\n\x11system_identifier\x18\x07 \x01(\x04\x12\x13\n\x0bmaterialize\x18\x08 \x01(\x08\"p\n\rAppendRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x11\n\tstart_lsn\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0b\n\x03vdl\x18\x04 \x01(\x04\x12\x0e\n\x06pgmrpl\x18\x05 \x01(\x04\"]\n\x0e\x41ppendResponse\x12 \n\x03\x61\x63k\x18\x01 \x01(\x0b\x32\x11.boreal.AppendAckH\x00\x12\x1e\n\x05\x65rror\x18\x02 \x01(\x0b\x32\r.boreal.ErrorH\x00\x42\t\n\x07outcome\"\x18\n\tAppendAck\x12\x0b\n\x03scl\x18\x01 \x01(\x04\"V\n\rGetLogRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x11\n\tstart_lsn\x18\x02 \x01(\x04\x12\x0f\n\x07\x65nd_lsn\x18\x03 \x01(\x04\"+\n\x08LogChunk\x12\x11\n\tstart_lsn\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x9a\x01\n\x12ImportPagesRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x0b\n\x03lsn\x18\x02 \x01(\x04\x12\"\n\x04\x66ork\x18\x03 \x01(\x0b\x32\x14.boreal.RelationFork\x12\x13\n\x0b\x66irst_block\x18\x04 \x01(\r\x12\r\n\x05pages\x18\x05 \x01(\x0c\x12\x0c\n\x04last\x18\x06 \x01(\x08\"$\n\x13ImportPagesResponse\x12\r\n\x05pages\x18\x01 \x01(\x04\"\xa0\x01\n\x0fGetPagesRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\"\n\x04\x66ork\x18\x02 \x01(\x0b\x32\x14.boreal.RelationFork\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12\x0b\n\x03lsn\x18\x05 \x01(\x04\x12\x15\n\rlineage_epoch\x18\x06 \x01(\x04\"@\n\nPageImages\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\r\x12\r\n\x05pages\x18\x02 \x01(\x0c\x12\x0e\n\x06\x65xists\x18\x03 \x03(\x08\"]\n\x14ListRelationsRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x0b\n\x03lsn\x18\x02 \x01(\x04\x12\x15\n\rlineage_epoch\x18\x03 \x01(\x04\"8\n\rRelationSizes\x12\'\n\trelations\x18\x01 \x03(\x0b\x32\x14.boreal.RelationSize\"B\n\x0cRelationSize\x12\"\n\x04\x66ork\x18\x01 \x01(\x0b\x32\x14.boreal.RelationFork\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\"9\n\x14GetIndexStateRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\"C\n\nIndexState\x12\x13\n\x0bindexed_lsn\x18\x01 \x01(\x04\x12\x0f\n\x07log_scl\x18\x02 \x01(\x04\x12\x0f\n\x07\x66\x61ilure\x18\x03 \x01(\t\"G\n\x12\x46indMissingRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x0e\n\x06sha256\x18\x02 \x03(\x0c\"%\n\x13\x46indMissingResponse\x12\x0e\n\x06sha256\x18\x01 \x03(\x0c\"T\n\x11PutContentRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x14\n\x12PutContentResponse\"L\n\nBundleFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04mode\x18\x04 \x01(\r\"\x89\x01\n\x0e\x42undleManifest\x12\x10\n\x08redo_lsn\x18\x01 \x01(\x04\x12\x0f\n\x07\x65nd_lsn\x18\x02 \x01(\x04\x12\x10\n\x08timeline\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x10\n\x08taken_at\x18\x05 \x01(\t\x12!\n\x05\x66iles\x18\x06 \x03(\x0b\x32\x12.boreal.BundleFile\"a\n\x12PutManifestRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12(\n\x08manifest\x18\x02 \x01(\x0b\x32\x16.boreal.BundleManifest\"\x15\n\x13PutManifestResponse\"L\n\x12GetManifestRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x13\n\x0bmax_end_lsn\x18\x02 \x01(\x04\"F\n\x11GetContentRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\"\x1c\n\x0c\x43ontentChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xa1\x03\n\nStorageLog\x12=\n\x0c\x43reateVolume\x12\x1b.boreal.CreateVolumeRequest\x1a\x10.boreal.Position\x12\x43\n\nDropVolume\x12\x19.boreal.DropVolumeRequest\x1a\x1a.boreal.DropVolumeResponse\x12/\n\x05\x46\x65nce\x12\x14.boreal.FenceRequest\x1a\x10.boreal.Position\x12/\n\x05\x41\x64opt\x12\x14.boreal.AdoptRequest\x1a\x10.boreal.Position\x12;\n\x06\x41ppend\x12\x15.boreal.AppendRequest\x1a\x16.boreal.AppendResponse(\x01\x30\x01\x12;\n\x0bGetPosition\x12\x1a.boreal.GetPositionRequest\x1a\x10.boreal.Position\x12\x33\n\x06GetLog\x12\x15.boreal.GetLogRequest\x1a\x10.boreal.LogChunk0\x01\x32\x9e\x02\n\x0cStoragePages\x12H\n\x0bImportPages\x12\x1a.boreal.ImportPagesRequest\x1a\x1b.boreal.ImportPagesResponse(\x01\x12\x39\n\x08GetPages\x12\x17.boreal.GetPagesRequest\x1a\x12.boreal.PageImages0\x01\x12\x46\n\rListRelations\x12\x1c.boreal.ListRelationsRequest\x1a\x15.boreal.RelationSizes0\x01\x12\x41\n\rGetIndexState\x12\x1c.boreal.GetIndexStateRequest\x1a\x12.boreal.IndexState2\xe4\x02\n\x07\x42undles\x12\x46\n\x0b\x46indMissing\x12\x1a.boreal.FindMissingRequest\x1a\x1b.boreal.FindMissingResponse\x12\x45\n\nPutContent\x12\x19.boreal.PutContentRequest\x1a\x1a.boreal.PutContentResponse(\x01\x12\x46\n\x0bPutManifest\x12\x1a.boreal.PutManifestRequest\x1a\x1b.boreal.PutManifestResponse\x12\x41\n\x0bGetManifest\x12\x1a.boreal.GetManifestRequest\x1a\x16.boreal.BundleManifest\x12?\n\nGetContent\x12\x19.boreal.GetContentRequest\x1a\x14.boreal.ContentChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62oreal/rpc/storage.proto\x12\x06\x62oreal\x1a\x17\x62oreal/rpc/common.proto\"{\n\x13\x43reateVolumeRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x19\n\x11system_identifier\x18\x02 \x01(\x04\x12\x11\n\tstart_lsn\x18\x03 \x01(\x04\x12\x13\n\x0bmaterialize\x18\x04 \x01(\x08\"6\n\x11\x44ropVolumeRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\"\x14\n\x12\x44ropVolumeResponse\"1\n\x0c\x46\x65nceRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\"V\n\x0c\x41\x64optRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12#\n\x07lineage\x18\x02 \x03(\x0b\x32\x12.boreal.EpochStart\"7\n\x12GetPositionRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\"\xb2\x01\n\x08Position\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x16\n\x0epromised_epoch\x18\x02 \x01(\x04\x12#\n\x07lineage\x18\x03 \x03(\x0b\x32\x12.boreal.EpochStart\x12\x11\n\tstart_lsn\x18\x04 \x01(\x04\x12\x0b\n\x03scl\x18\x05 \x01(\x04\x12\x0b\n\x03vdl\x18\x06 \x01(\x04\x12\x19\n\x11system_identifier\x18\x07 \x01(\x04\x12\x13\n\x0bmaterialize\x18\x08 \x01(\x08\"p\n\rAppendRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x11\n\tstart_lsn\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0b\n\x03vdl\x18\x04 \x01(\x04\x12\x0e\n\x06pgmrpl\x18\x05 \x01(\x04\"]\n\x0e\x41ppendResponse\x12 \n\x03\x61\x63k\x18\x01 \x01(\x0b\x32\x11.boreal.AppendAckH\x00\x12\x1e\n\x05\x65rror\x18\x02 \x01(\x0b\x32\r.boreal.ErrorH\x00\x42\t\n\x07outcome\"\x18\n\tAppendAck\x12\x0b\n\x03scl\x18\x01 \x01(\x04\"V\n\rGetLogRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x11\n\tstart_lsn\x18\x02 \x01(\x04\x12\x0f\n\x07\x65nd_lsn\x18\x03 \x01(\x04\"+\n\x08LogChunk\x12\x11\n\tstart_lsn\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x9a\x01\n\x12ImportPagesRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x0b\n\x03lsn\x18\x02 \x01(\x04\x12\"\n\x04\x66ork\x18\x03 \x01(\x0b\x32\x14.boreal.RelationFork\x12\x13\n\x0b\x66irst_block\x18\x04 \x01(\r\x12\r\n\x05pages\x18\x05 \x01(\x0c\x12\x0c\n\x04last\x18\x06 \x01(\x08\"$\n\x13ImportPagesResponse\x12\r\n\x05pages\x18\x01 \x01(\x04\"\xa0\x01\n\x0fGetPagesRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\"\n\x04\x66ork\x18\x02 \x01(\x0b\x32\x14.boreal.RelationFork\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12\x0b\n\x03lsn\x18\x05 \x01(\x04\x12\x15\n\rlineage_epoch\x18\x06 \x01(\x04\"@\n\nPageImages\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\r\x12\r\n\x05pages\x18\x02 \x01(\x0c\x12\x0e\n\x06\x65xists\x18\x03 \x03(\x08\"~\n\x12\x44igestPagesRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12!\n\x06ranges\x18\x02 \x03(\x0b\x32\x11.boreal.PageRange\x12\x0b\n\x03lsn\x18\x03 \x01(\x04\x12\x15\n\rlineage_epoch\x18\x04 \x01(\x04\"S\n\tPageRange\x12\"\n\x04\x66ork\x18\x01 \x01(\x0b\x32\x14.boreal.RelationFork\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"\x1c\n\nPageDigest\x12\x0e\n\x06sha256\x18\x01 \x01(\x0c\"]\n\x14ListRelationsRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x0b\n\x03lsn\x18\x02 \x01(\x04\x12\x15\n\rlineage_epoch\x18\x03 \x01(\x04\"8\n\rRelationSizes\x12\'\n\trelations\x18\x01 \x03(\x0b\x32\x14.boreal.RelationSize\"B\n\x0cRelationSize\x12\"\n\x04\x66ork\x18\x01 \x01(\x0b\x32\x14.boreal.RelationFork\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\"9\n\x14GetIndexStateRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\"\xdd\x01\n\nIndexState\x12\x13\n\x0bindexed_lsn\x18\x01 \x01(\x04\x12\x0f\n\x07log_scl\x18\x02 \x01(\x04\x12\x0f\n\x07\x66\x61ilure\x18\x03 \x01(\t\x12\x11\n\tlag_bytes\x18\x04 \x01(\x04\x12\x13\n\x0bretired_lsn\x18\x05 \x01(\x04\x12\x12\n\nlowest_lsn\x18\x06 \x01(\x04\x12\x0e\n\x06layers\x18\x07 \x01(\r\x12\x10\n\x08versions\x18\x08 \x01(\x04\x12\x15\n\rlongest_chain\x18\t \x01(\r\x12\x15\n\rrefused_pages\x18\n \x01(\x04\x12\x0c\n\x04held\x18\x0b \x01(\t\"G\n\x12\x46indMissingRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x0e\n\x06sha256\x18\x02 \x03(\x0c\"%\n\x13\x46indMissingResponse\x12\x0e\n\x06sha256\x18\x01 \x03(\x0c\"T\n\x11PutContentRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x14\n\x12PutContentResponse\"L\n\nBundleFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04mode\x18\x04 \x01(\r\"\x89\x01\n\x0e\x42undleManifest\x12\x10\n\x08redo_lsn\x18\x01 \x01(\x04\x12\x0f\n\x07\x65nd_lsn\x18\x02 \x01(\x04\x12\x10\n\x08timeline\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x10\n\x08taken_at\x18\x05 \x01(\t\x12!\n\x05\x66iles\x18\x06 \x03(\x0b\x32\x12.boreal.BundleFile\"a\n\x12PutManifestRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12(\n\x08manifest\x18\x02 \x01(\x0b\x32\x16.boreal.BundleManifest\"\x15\n\x13PutManifestResponse\"L\n\x12GetManifestRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x13\n\x0bmax_end_lsn\x18\x02 \x01(\x04\"F\n\x11GetContentRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\"\x1c\n\x0c\x43ontentChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xa1\x03\n\nStorageLog\x12=\n\x0c\x43reateVolume\x12\x1b.boreal.CreateVolumeRequest\x1a\x10.boreal.Position\x12\x43\n\nDropVolume\x12\x19.boreal.DropVolumeRequest\x1a\x1a.boreal.DropVolumeResponse\x12/\n\x05\x46\x65nce\x12\x14.boreal.FenceRequest\x1a\x10.boreal.Position\x12/\n\x05\x41\x64opt\x12\x14.boreal.AdoptRequest\x1a\x10.boreal.Position\x12;\n\x06\x41ppend\x12\x15.boreal.AppendRequest\x1a\x16.boreal.AppendResponse(\x01\x30\x01\x12;\n\x0bGetPosition\x12\x1a.boreal.GetPositionRequest\x1a\x10.boreal.Position\x12\x33\n\x06GetLog\x12\x15.boreal.GetLogRequest\x1a\x10.boreal.LogChunk0\x01\x32\xdd\x02\n\x0cStoragePages\x12H\n\x0bImportPages\x12\x1a.boreal.ImportPagesRequest\x1a\x1b.boreal.ImportPagesResponse(\x01\x12\x39\n\x08GetPages\x12\x17.boreal.GetPagesRequest\x1a\x12.boreal.PageImages0\x01\x12=\n\x0b\x44igestPages\x12\x1a.boreal.DigestPagesRequest\x1a\x12.boreal.PageDigest\x12\x46\n\rListRelations\x12\x1c.boreal.ListRelationsRequest\x1a\x15.boreal.RelationSizes0\x01\x12\x41\n\rGetIndexState\x12\x1c.boreal.GetIndexStateRequest\x1a\x12.boreal.IndexState2\xe4\x02\n\x07\x42undles\x12\x46\n\x0b\x46indMissing\x12\x1a.boreal.FindMissingRequest\x1a\x1b.boreal.FindMissingResponse\x12\x45\n\nPutContent\x12\x19.boreal.PutContentRequest\x1a\x1a.boreal.PutContentResponse(\x01\x12\x46\n\x0bPutManifest\x12\x1a.boreal.PutManifestRequest\x1a\x1b.boreal.PutManifestResponse\x12\x41\n\x0bGetManifest\x12\x1a.boreal.GetManifestRequest\x1a\x16.boreal.BundleManifest\x12?\n\nGetContent\x12\x19.boreal.GetContentRequest\x1a\x14.boreal.ContentChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -64,42 +64,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETPAGESREQUEST']._serialized_end=1365
   _globals['_PAGEIMAGES']._serialized_start=1367
   _globals['_PAGEIMAGES']._serialized_end=1431
-  _globals['_LISTRELATIONSREQUEST']._serialized_start=1433
-  _globals['_LISTRELATIONSREQUEST']._serialized_end=1526
-  _globals['_RELATIONSIZES']._serialized_start=1528
-  _globals['_RELATIONSIZES']._serialized_end=1584
-  _globals['_RELATIONSIZE']._serialized_start=1586
-  _globals['_RELATIONSIZE']._serialized_end=1652
-  _globals['_GETINDEXSTATEREQUEST']._serialized_start=1654
-  _globals['_GETINDEXSTATEREQUEST']._serialized_end=1711
-  _globals['_INDEXSTATE']._serialized_start=1713
-  _globals['_INDEXSTATE']._serialized_end=1780
-  _globals['_FINDMISSINGREQUEST']._serialized_start=1782
-  _globals['_FINDMISSINGREQUEST']._serialized_end=1853
-  _globals['_FINDMISSINGRESPONSE']._serialized_start=1855
-  _globals['_FINDMISSINGRESPONSE']._serialized_end=1892
-  _globals['_PUTCONTENTREQUEST']._serialized_start=1894
-  _globals['_PUTCONTENTREQUEST']._serialized_end=1978
-  _globals['_PUTCONTENTRESPONSE']._serialized_start=1980
-  _globals['_PUTCONTENTRESPONSE']._serialized_end=2000
-  _globals['_BUNDLEFILE']._serialized_start=2002
-  _globals['_BUNDLEFILE']._serialized_end=2078
-  _globals['_BUNDLEMANIFEST']._serialized_start=2081
-  _globals['_BUNDLEMANIFEST']._serialized_end=2218
-  _globals['_PUTMANIFESTREQUEST']._serialized_start=2220
-  _globals['_PUTMANIFESTREQUEST']._serialized_end=2317
-  _globals['_PUTMANIFESTRESPONSE']._serialized_start=2319
-  _globals['_PUTMANIFESTRESPONSE']._serialized_end=2340
-  _globals['_GETMANIFESTREQUEST']._serialized_start=2342
-  _globals['_GETMANIFESTREQUEST']._serialized_end=2418
-  _globals['_GETCONTENTREQUEST']._serialized_start=2420
-  _globals['_GETCONTENTREQUEST']._serialized_end=2490
-  _globals['_CONTENTCHUNK']._serialized_start=2492
-  _globals['_CONTENTCHUNK']._serialized_end=2520
-  _globals['_STORAGELOG']._serialized_start=2523
-  _globals['_STORAGELOG']._serialized_end=2940
-  _globals['_STORAGEPAGES']._serialized_start=2943
-  _globals['_STORAGEPAGES']._serialized_end=3229
-  _globals['_BUNDLES']._serialized_start=3232
-  _globals['_BUNDLES']._serialized_end=3588
+  _globals['_DIGESTPAGESREQUEST']._serialized_start=1433
+  _globals['_DIGESTPAGESREQUEST']._serialized_end=1559
+  _globals['_PAGERANGE']._serialized_start=1561
+  _globals['_PAGERANGE']._serialized_end=1644
+  _globals['_PAGEDIGEST']._serialized_start=1646
+  _globals['_PAGEDIGEST']._serialized_end=1674
+  _globals['_LISTRELATIONSREQUEST']._serialized_start=1676
+  _globals['_LISTRELATIONSREQUEST']._serialized_end=1769
+  _globals['_RELATIONSIZES']._serialized_start=1771
+  _globals['_RELATIONSIZES']._serialized_end=1827
+  _globals['_RELATIONSIZE']._serialized_start=1829
+  _globals['_RELATIONSIZE']._serialized_end=1895
+  _globals['_GETINDEXSTATEREQUEST']._serialized_start=1897
+  _globals['_GETINDEXSTATEREQUEST']._serialized_end=1954
+  _globals['_INDEXSTATE']._serialized_start=1957
+  _globals['_INDEXSTATE']._serialized_end=2178
+  _globals['_FINDMISSINGREQUEST']._serialized_start=2180
+  _globals['_FINDMISSINGREQUEST']._serialized_end=2251
+  _globals['_FINDMISSINGRESPONSE']._serialized_start=2253
+  _globals['_FINDMISSINGRESPONSE']._serialized_end=2290
+  _globals['_PUTCONTENTREQUEST']._serialized_start=2292
+  _globals['_PUTCONTENTREQUEST']._serialized_end=2376
+  _globals['_PUTCONTENTRESPONSE']._serialized_start=2378
+  _globals['_PUTCONTENTRESPONSE']._serialized_end=2398
+  _globals['_BUNDLEFILE']._serialized_start=2400
+  _globals['_BUNDLEFILE']._serialized_end=2476
+  _globals['_BUNDLEMANIFEST']._serialized_start=2479
+  _globals['_BUNDLEMANIFEST']._serialized_end=2616
+  _globals['_PUTMANIFESTREQUEST']._serialized_start=2618
+  _globals['_PUTMANIFESTREQUEST']._serialized_end=2715
+  _globals['_PUTMANIFESTRESPONSE']._serialized_start=2717
+  _globals['_PUTMANIFESTRESPONSE']._serialized_end=2738
+  _globals['_GETMANIFESTREQUEST']._serialized_start=2740
+  _globals['_GETMANIFESTREQUEST']._serialized_end=2816
+  _globals['_GETCONTENTREQUEST']._serialized_start=2818
+  _globals['_GETCONTENTREQUEST']._serialized_end=2888
+  _globals['_CONTENTCHUNK']._serialized_start=2890
+  _globals['_CONTENTCHUNK']._serialized_end=2918
+  _globals['_STORAGELOG']._serialized_start=2921
+  _globals['_STORAGELOG']._serialized_end=3338
+  _globals['_STORAGEPAGES']._serialized_start=3341
+  _globals['_STORAGEPAGES']._serialized_end=3690
+  _globals['_BUNDLES']._serialized_start=3693
+  _globals['_BUNDLES']._serialized_end=4049
 # @@protoc_insertion_point(module_scope)

@@ -170,6 +170,7 @@ class Position(_message.Message):
     node: _builtins.str
     promised_epoch: _builtins.int
     start_lsn: _builtins.int
+    """the log is kept from here on; other nodes may keep more or less"""
     scl: _builtins.int
     """every byte in [start_lsn, scl) is here, durably"""
     vdl: _builtins.int
@@ -214,7 +215,9 @@ class AppendRequest(_message.Message):
     vdl: _builtins.int
     """the writer's VDL when this was sent"""
     pgmrpl: _builtins.int
-    """no instance will read below this again (0: unknown)"""
+    """A durable record's end that every node of the volume holds. Nobody goes back below it: no
+    instance reads a page as of an older LSN, no bundle that counts is replayed from one (0: unknown).
+    """
     @_builtins.property
     def volume(self) -> _common_pb2.VolumeRef: ...
     def __init__(
@@ -458,6 +461,87 @@ class PageImages(_message.Message):
 Global___PageImages: _TypeAlias = PageImages  # noqa: Y015
 
 @_typing.final
+class DigestPagesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VOLUME_FIELD_NUMBER: _builtins.int
+    RANGES_FIELD_NUMBER: _builtins.int
+    LSN_FIELD_NUMBER: _builtins.int
+    LINEAGE_EPOCH_FIELD_NUMBER: _builtins.int
+    lsn: _builtins.int
+    lineage_epoch: _builtins.int
+    """as in GetPagesRequest"""
+    @_builtins.property
+    def volume(self) -> _common_pb2.VolumeRef: ...
+    @_builtins.property
+    def ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___PageRange]:
+        """1 to 1024 pages in all"""
+
+    def __init__(
+        self,
+        *,
+        volume: _common_pb2.VolumeRef | None = ...,
+        ranges: _abc.Iterable[Global___PageRange] | None = ...,
+        lsn: _builtins.int = ...,
+        lineage_epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["volume", b"volume"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lineage_epoch", b"lineage_epoch", "lsn", b"lsn", "ranges", b"ranges", "volume", b"volume"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DigestPagesRequest: _TypeAlias = DigestPagesRequest  # noqa: Y015
+
+@_typing.final
+class PageRange(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORK_FIELD_NUMBER: _builtins.int
+    FIRST_BLOCK_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    first_block: _builtins.int
+    count: _builtins.int
+    @_builtins.property
+    def fork(self) -> _common_pb2.RelationFork: ...
+    def __init__(
+        self,
+        *,
+        fork: _common_pb2.RelationFork | None = ...,
+        first_block: _builtins.int = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fork", b"fork"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "first_block", b"first_block", "fork", b"fork"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PageRange: _TypeAlias = PageRange  # noqa: Y015
+
+@_typing.final
+class PageDigest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.bytes
+    """SHA-256 over, for each page in order, one byte 1 and its 8 KiB; or one byte 0 for a block that
+    does not exist.
+    """
+    def __init__(
+        self,
+        *,
+        sha256: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PageDigest: _TypeAlias = PageDigest  # noqa: Y015
+
+@_typing.final
 class ListRelationsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -554,20 +638,52 @@ class IndexState(_message.Message):
     INDEXED_LSN_FIELD_NUMBER: _builtins.int
     LOG_SCL_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    LAG_BYTES_FIELD_NUMBER: _builtins.int
+    RETIRED_LSN_FIELD_NUMBER: _builtins.int
+    LOWEST_LSN_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    LONGEST_CHAIN_FIELD_NUMBER: _builtins.int
+    REFUSED_PAGES_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     indexed_lsn: _builtins.int
     log_scl: _builtins.int
     failure: _builtins.str
     """why ingest stopped, when it did; empty in health"""
+    lag_bytes: _builtins.int
+    """durable log that is not indexed yet"""
+    retired_lsn: _builtins.int
+    """the pages need no log below it any more"""
+    lowest_lsn: _builtins.int
+    """pages can be had as of this LSN and later ones"""
+    layers: _builtins.int
+    """sealed layers of the index"""
+    versions: _builtins.int
+    """stored pages, besides the imported ones"""
+    longest_chain: _builtins.int
+    """the most records lately applied to make a page"""
+    refused_pages: _builtins.int
+    """given up when log was retired, since the page process began"""
+    held: _builtins.str
+    """why no log is retired though it is time; empty in health"""
     def __init__(
         self,
         *,
         indexed_lsn: _builtins.int = ...,
         log_scl: _builtins.int = ...,
         failure: _builtins.str = ...,
+        lag_bytes: _builtins.int = ...,
+        retired_lsn: _builtins.int = ...,
+        lowest_lsn: _builtins.int = ...,
+        layers: _builtins.int = ...,
+        versions: _builtins.int = ...,
+        longest_chain: _builtins.int = ...,
+        refused_pages: _builtins.int = ...,
+        held: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "indexed_lsn", b"indexed_lsn", "log_scl", b"log_scl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "held", b"held", "indexed_lsn", b"indexed_lsn", "lag_bytes", b"lag_bytes", "layers", b"layers", "log_scl", b"log_scl", "longest_chain", b"longest_chain", "lowest_lsn", b"lowest_lsn", "refused_pages", b"refused_pages", "retired_lsn", b"retired_lsn", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -398,6 +398,11 @@ class StoragePagesStub:
                 request_serializer=boreal_dot_rpc_dot_storage__pb2.GetPagesRequest.SerializeToString,
                 response_deserializer=boreal_dot_rpc_dot_storage__pb2.PageImages.FromString,
                 _registered_method=True)
+        self.DigestPages = channel.unary_unary(
+                '/boreal.StoragePages/DigestPages',
+                request_serializer=boreal_dot_rpc_dot_storage__pb2.DigestPagesRequest.SerializeToString,
+                response_deserializer=boreal_dot_rpc_dot_storage__pb2.PageDigest.FromString,
+                _registered_method=True)
         self.ListRelations = channel.unary_stream(
                 '/boreal.StoragePages/ListRelations',
                 request_serializer=boreal_dot_rpc_dot_storage__pb2.ListRelationsRequest.SerializeToString,
@@ -433,6 +438,14 @@ class StoragePagesServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DigestPages(self, request, context):
+        """What GetPages would answer for some ranges, as one hash: nodes that agree on it hold the same
+        pages, byte for byte. The same conditions, waits and errors.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListRelations(self, request, context):
         """Every relation fork that exists at `lsn` with its size in blocks: what a compute node needs to
         lay out its sparse files.
@@ -460,6 +473,11 @@ def add_StoragePagesServicer_to_server(servicer, server):
                     servicer.GetPages,
                     request_deserializer=boreal_dot_rpc_dot_storage__pb2.GetPagesRequest.FromString,
                     response_serializer=boreal_dot_rpc_dot_storage__pb2.PageImages.SerializeToString,
+            ),
+            'DigestPages': grpc.unary_unary_rpc_method_handler(
+                    servicer.DigestPages,
+                    request_deserializer=boreal_dot_rpc_dot_storage__pb2.DigestPagesRequest.FromString,
+                    response_serializer=boreal_dot_rpc_dot_storage__pb2.PageDigest.SerializeToString,
             ),
             'ListRelations': grpc.unary_stream_rpc_method_handler(
                     servicer.ListRelations,
@@ -529,6 +547,33 @@ class StoragePages:
             '/boreal.StoragePages/GetPages',
             boreal_dot_rpc_dot_storage__pb2.GetPagesRequest.SerializeToString,
             boreal_dot_rpc_dot_storage__pb2.PageImages.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DigestPages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/boreal.StoragePages/DigestPages',
+            boreal_dot_rpc_dot_storage__pb2.DigestPagesRequest.SerializeToString,
+            boreal_dot_rpc_dot_storage__pb2.PageDigest.FromString,
             options,
             channel_credentials,
             insecure,

@@ -189,6 +189,10 @@ class StoragePagesStub:
     deadline, for the index to reach `lsn`. A block the fork did not have at `lsn` comes with
     `exists` false. Fails with NotMaterializable rather than return a page that may be wrong.
     """
+    DigestPages: _grpc.UnaryUnaryMultiCallable[_storage_pb2.DigestPagesRequest, _storage_pb2.PageDigest]
+    """What GetPages would answer for some ranges, as one hash: nodes that agree on it hold the same
+    pages, byte for byte. The same conditions, waits and errors.
+    """
     ListRelations: _grpc.UnaryStreamMultiCallable[_storage_pb2.ListRelationsRequest, _storage_pb2.RelationSizes]
     """Every relation fork that exists at `lsn` with its size in blocks: what a compute node needs to
     lay out its sparse files.
@@ -212,6 +216,10 @@ class StoragePagesAsyncStub(StoragePagesStub):
     """Pages of one relation fork as of `lsn`, in block order. Waits, at most until the call's
     deadline, for the index to reach `lsn`. A block the fork did not have at `lsn` comes with
     `exists` false. Fails with NotMaterializable rather than return a page that may be wrong.
+    """
+    DigestPages: _aio.UnaryUnaryMultiCallable[_storage_pb2.DigestPagesRequest, _storage_pb2.PageDigest]  # type: ignore[assignment]
+    """What GetPages would answer for some ranges, as one hash: nodes that agree on it hold the same
+    pages, byte for byte. The same conditions, waits and errors.
     """
     ListRelations: _aio.UnaryStreamMultiCallable[_storage_pb2.ListRelationsRequest, _storage_pb2.RelationSizes]  # type: ignore[assignment]
     """Every relation fork that exists at `lsn` with its size in blocks: what a compute node needs to
@@ -245,6 +253,16 @@ class StoragePagesServicer(metaclass=_abc_1.ABCMeta):
         """Pages of one relation fork as of `lsn`, in block order. Waits, at most until the call's
         deadline, for the index to reach `lsn`. A block the fork did not have at `lsn` comes with
         `exists` false. Fails with NotMaterializable rather than return a page that may be wrong.
+        """
+
+    @_abc_1.abstractmethod
+    def DigestPages(
+        self,
+        request: _storage_pb2.DigestPagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_storage_pb2.PageDigest, _abc.Awaitable[_storage_pb2.PageDigest]]:
+        """What GetPages would answer for some ranges, as one hash: nodes that agree on it hold the same
+        pages, byte for byte. The same conditions, waits and errors.
         """
 
     @_abc_1.abstractmethod

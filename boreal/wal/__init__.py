@@ -1,10 +1,11 @@
 """PostgreSQL 16's WAL format: bytes in, records out. Pure.
 
-`WalDecoder` follows the log, `read_record` fetches one record of it, `last_record_end` says where a
-log that broke off ends. `effects` tells what a record changes beyond the blocks it registers.
+`WalDecoder` follows the log, `read_record` and `record_at` fetch one record of it,
+`last_record_end` says where a log that broke off ends, `boreal.wal.touches` reads which pages the
+log changes. `effects` tells what a record changes beyond the blocks it registers.
 """
 
-from boreal.wal.decoder import WalDecoder, last_record_end, read_record
+from boreal.wal.decoder import WalDecoder, last_record_end, read_record, record_at
 from boreal.wal.effects import (
     DatabaseCopied,
     DatabaseCreated,
@@ -57,4 +58,5 @@ __all__ = [
     "effects",
     "last_record_end",
     "read_record",
+    "record_at",
 ]

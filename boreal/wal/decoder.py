@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
+import google_crc32c
+
 from boreal.errors import CorruptWal, IngestStopped
 from boreal.types import PAGE_BYTES, Lsn, format_lsn
-from boreal.wal.record import WalRecord, parse_record
+from boreal.wal.record import INFO_MASK, RECORD_HEADER, WalRecord, parse_record
+from boreal.wal.rmgr import Rmgr, XlogInfo
 from boreal.wal.stream import RawRecord, RecordStream
 
 
@@ -63,6 +66,36 @@ def read_record(read: Callable[[Lsn, int], bytes], start: Lsn, end: Lsn) -> WalR
         break
     raise CorruptWal(
         f"no record spans {format_lsn(start)} to {format_lsn(end)} in the log", lsn=start
+    )
+
+
+def record_at(read: Callable[[Lsn, int], bytes], start: Lsn, limit: Lsn) -> WalRecord:
+    """The record that begins at `start`; the log is complete to `limit`, which lies past it.
+
+    For small records, all but a few, one call of `read` and one look at the CRC. Raises CorruptWal
+    if no record begins there or it does not end by `limit`, and whatever `read` raises.
+    """
+    page_end = start - start % PAGE_BYTES + PAGE_BYTES
+    data = read(start, min(page_end, limit) - start)
+    if len(data) >= RECORD_HEADER.size:
+        length, _, _, info, rmgr_id, crc = RECORD_HEADER.unpack_from(data)
+        end = start + ((length + 7) & ~7)
+        switches = rmgr_id == Rmgr.XLOG and info & INFO_MASK == XlogInfo.SWITCH
+        if RECORD_HEADER.size <= length <= len(data) and not switches:
+            raw = data[:length]
+            head = raw[: RECORD_HEADER.size - 4]
+            if google_crc32c.extend(google_crc32c.value(raw[RECORD_HEADER.size :]), head) == crc:
+                return parse_record(raw, start, Lsn(end))
+    decoder, at = WalDecoder(start), start
+    while data:
+        for record in decoder.feed(data):
+            if record.start == start:
+                return record
+            raise CorruptWal(f"no record begins at {format_lsn(start)}", lsn=start)
+        at = Lsn(at + len(data))
+        data = read(at, min(PAGE_BYTES, limit - at)) if at < limit else b""
+    raise CorruptWal(
+        f"the record at {format_lsn(start)} does not end by {format_lsn(limit)}", lsn=start
     )
 
 

@@ -132,7 +132,7 @@ class RecordStream:
             if record is None:
                 return
             yield record
-            offset = end
+            offset = self._offset  # a subclass may have gone further meanwhile
 
     def _begin_crossing(self, length: int) -> None:
         self._begun = self._at

@@ -2,8 +2,10 @@
 
 `boreal_shim.c` is LD_PRELOADed into stock PostgreSQL 16. With `SOCKET_VARIABLE` set to the path of
 the agent's unix socket it turns PGDATA's relation files into a cache of the volume: a block that
-reads as all zeros is asked for (`compute_node.page_service` answers), and truncations are reported.
-What it cannot get is EIO, never zeros. Without the variable it does nothing.
+reads as all zeros is asked for (`compute_node.page_service` answers), alone or, when misses follow
+one another, with those after it; what PostgreSQL says it will read soon is passed on as a hint; and
+truncations are reported. What it cannot get is EIO, never zeros. Without the variable it does
+nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ SOCKET_VARIABLE = "BOREAL_PAGE_SOCKET"
 """The environment variable by which PostgreSQL's shim finds its agent."""
 PARENT_VARIABLE = "BOREAL_PARENT_PID"
 """If set, the process that starts PostgreSQL; when it dies, the kernel sends PostgreSQL SIGQUIT."""
+LIMITED_VARIABLE = "BOREAL_CACHE_LIMITED"
+"""If set, the agent evicts pages from files in use (`compute_node.cache`): mind its locks."""
 MAX_SOCKET_PATH_BYTES = 107
 """sun_path (unix(7)) without its final zero."""
 
@@ -36,16 +40,18 @@ _FLAGS = (
 _COMPILE_WITHIN_S = 120.0
 
 
-def environment(library: Path, socket_path: Path) -> dict[str, str]:
+def environment(library: Path, socket_path: Path, *, cache_limited: bool = False) -> dict[str, str]:
     """What to add to PostgreSQL's environment so that it runs with the shim.
 
-    To be started from the caller's main thread: it is told to quit when the thread that started it
-    ends (PR_SET_PDEATHSIG, prctl(2)).
+    `cache_limited` must be true where pages are evicted from its files. To be started from the
+    caller's main thread: it is told to quit when the thread that started it ends
+    (PR_SET_PDEATHSIG, prctl(2)).
     """
     return {
         "LD_PRELOAD": str(library),
         SOCKET_VARIABLE: str(socket_path),
         PARENT_VARIABLE: str(os.getpid()),
+        **({LIMITED_VARIABLE: "1"} if cache_limited else {}),
     }
 
 

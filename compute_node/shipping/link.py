@@ -25,6 +25,7 @@ from boreal.errors import (
 from boreal.frames import FrameReader
 from boreal.rpc import edge, storage_pb2, storage_pb2_grpc
 from boreal.types import Lsn, NodeName, format_lsn
+from compute_node.shipping.latency import Latencies
 from compute_node.shipping.outbox import Batch, Outbox
 
 _LATENCY_SMOOTHING = 1 / 8
@@ -89,6 +90,10 @@ class LinkReport:
     state: LinkState
     scl: Lsn
     ack_latency_us: int
+    """Smoothed."""
+    ack_p50_us: int
+    ack_p99_us: int
+    """Of the acks of the last seconds that made log durable; 0 without any."""
     shipped_bytes: int
     batches: int
 
@@ -153,19 +158,24 @@ class StorageLink:
         self._fell_behind = asyncio.Event()
         self._backoff_s = timing.backoff_first_s
         self._ack_latency_s = 0.0
-        self._shipped_bytes = 0
-        self._batches = 0
+        self._latencies = Latencies()
+        self.shipped_bytes = 0
+        """Of log sent. Read only, as is `batches`."""
+        self.batches = 0
 
     @property
     def report(self) -> LinkReport:
         """For status."""
+        p50_us, p99_us = self._latencies.percentiles_us(perf_counter(), 0.5, 0.99)
         return LinkReport(
             node=self.address.name,
             state=self.state,
             scl=self._scl,
             ack_latency_us=round(self._ack_latency_s * 1e6),
-            shipped_bytes=self._shipped_bytes,
-            batches=self._batches,
+            ack_p50_us=p50_us,
+            ack_p99_us=p99_us,
+            shipped_bytes=self.shipped_bytes,
+            batches=self.batches,
         )
 
     # --- the commit path -----------------------------------------------------------------------
@@ -194,8 +204,8 @@ class StorageLink:
         self._told_vdl = batch.vdl
         self._sent_at = perf_counter()
         if batch.end > batch.start:
-            self._shipped_bytes += batch.end - batch.start
-            self._batches += 1
+            self.shipped_bytes += batch.end - batch.start
+            self.batches += 1
 
     def _on_response(self, body: bytes) -> None:
         response = storage_pb2.AppendResponse.FromString(body)
@@ -209,9 +219,11 @@ class StorageLink:
                 f"{self.address.name} acknowledged {format_lsn(scl)}; it was sent the log up to "
                 f"{format_lsn(batch.end)} of {format_lsn(self._window.end)}"
             )
-        self._ack_latency_s += (
-            perf_counter() - self._sent_at - self._ack_latency_s
-        ) * _LATENCY_SMOOTHING
+        now = perf_counter()
+        latency_s = now - self._sent_at
+        self._ack_latency_s += (latency_s - self._ack_latency_s) * _LATENCY_SMOOTHING
+        if batch.end > batch.start:
+            self._latencies.add(latency_s, now)
         self._under_way = None
         self._scl = scl
         self._backoff_s = self._timing.backoff_first_s

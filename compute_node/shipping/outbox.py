@@ -86,6 +86,11 @@ class Outbox:
         return self._tracker.vdl
 
     @property
+    def held_everywhere(self) -> Lsn | None:
+        """Every node of the volume has the log up to here; None: one has not been heard of."""
+        return self._tracker.held_everywhere
+
+    @property
     def full(self) -> bool:
         """Whether too much waits for a quorum to take more."""
         return self.window.pending_bytes >= self._window_bytes

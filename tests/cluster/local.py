@@ -52,9 +52,9 @@ class LocalCluster:
             raise AssertionError(f"boreal {' '.join(arguments)} failed:\n{done.stdout}")
         return done.stdout
 
-    def up(self) -> None:
+    def up(self, *options: str) -> None:
         """Start it, or what is missing of it."""
-        self.boreal("up", f"--port={self.port}", timeout_s=240)
+        self.boreal("up", f"--port={self.port}", *options, timeout_s=240)
 
     def status(self) -> dict[str, Any]:
         """`boreal status --json`."""
@@ -124,13 +124,13 @@ class LocalCluster:
 
 
 @contextmanager
-def local_cluster() -> Iterator[LocalCluster]:
-    """A running cluster, gone without a trace afterwards."""
+def local_cluster(*options: str) -> Iterator[LocalCluster]:
+    """A running cluster, gone without a trace afterwards. `options` are those of `boreal up`."""
     directory = Path(tempfile.mkdtemp(prefix="boreal-test-", dir="/var/tmp"))
     directory.chmod(0o755)  # PostgreSQL's account must get in
     running = LocalCluster(directory)
     try:
-        running.up()
+        running.up(*options)
         yield running
     finally:
         try:

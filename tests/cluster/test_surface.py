@@ -110,22 +110,6 @@ def test_schema_work_survives_a_new_compute_node(cluster: LocalCluster) -> None:
     assert " 0  pages differ" in cluster.boreal("verify")
 
 
-def test_hash_indexes_are_refused_in_every_database(cluster: LocalCluster) -> None:
-    """One would keep every later compute node from starting: see refuse_hash_indexes_sql."""
-    cluster.query("create database bare template template0")
-    for dsn in (cluster.dsn, cluster.dsn.replace("/postgres", "/bare")):
-        with psycopg.connect(dsn, autocommit=True, connect_timeout=5) as connection:
-            connection.execute("create table hashed (id int)")
-            for statement in (
-                "create index on hashed using hash (id)",
-                "alter table hashed add exclude using hash (id with =)",
-                "create table hashed_too (id int, exclude using hash (id with =))",
-            ):
-                with pytest.raises(psycopg.errors.FeatureNotSupported):
-                    connection.execute(statement.encode())
-    cluster.query("drop database bare")
-
-
 def test_many_subtransactions_at_bundle_time(cluster: LocalCluster) -> None:
     """Found in review: a standby cannot be read while a snapshot with lost subtransactions is all
     it knows, and after a crash that is all it will ever know."""

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -297,7 +298,51 @@ async def test_verify_wants_the_writer_and_an_end(
     assert (await verify(config, "--node", "db-1")).exit_code == 2
 
 
+async def test_verify_tells_seconds_and_orphans(
+    config: cluster.ClusterConfig, agent: Agent
+) -> None:
+    agent.events = [
+        compute_pb2.VerifyEvent(
+            difference=compute_pb2.PageDifference(node="sn-4", relation="1663/5/77", reason="odd")
+        ),
+        compute_pb2.VerifyEvent(
+            difference=compute_pb2.PageDifference(node="sn-5", reason="it was not compared")
+        ),
+        compute_pb2.VerifyEvent(
+            summary=compute_pb2.VerifySummary(pages=10, differences=2, orphans=3, orphan_pages=9)
+        ),
+    ]
+    result = await verify(config)
+    assert result.exit_code == 1
+    for words in ("pages/s", "(orphan) 1663/5/77", "sn-5: it was not", "3  forks that no catalog"):
+        assert words in " ".join(result.output.split("\n"))
+
+
+@pytest.mark.parametrize("place", ["sn-1", "path"])
+def test_verify_offline_checks_a_directory(
+    directory: Path, place: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Found by name or by path; what it exits with is what the check does."""
+    node = directory / "sn-1"
+    where = place if place == "sn-1" else str(node)
+    assert boreal(directory, "verify", "--offline", where).exit_code == 2
+    assert "not the directory of a storage node" in capfd.readouterr().err
+    (node / "volumes").mkdir(parents=True)
+    (node / "lock").touch()
+    assert boreal(directory, "verify", "--offline", where).exit_code == 0
+    assert "0 damages" in capfd.readouterr().out
+
+
 # --- up ------------------------------------------------------------------------------------------
+
+
+def test_the_log_to_retain_reaches_the_storage_nodes(config: cluster.ClusterConfig) -> None:
+    def words() -> tuple[str, ...]:
+        return command_line(cluster.load(config.data_dir), "sn-3")
+
+    assert not any("retain" in word for word in words())
+    replace(config, retain_log_mib=48).save()
+    assert "--retain-log-mib=48" in words()
 
 
 def test_up_on_a_taken_port_names_another(directory: Path) -> None:

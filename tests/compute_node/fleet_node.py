@@ -126,6 +126,9 @@ class FleetNode(
                 exists=[b < len(known) for b in blocks],
             )
 
+    async def DigestPages(self, request: Any, context: Any) -> storage_pb2.PageDigest:
+        raise AssertionError("only `boreal verify` asks for digests")
+
     async def ListRelations(
         self, request: Any, context: Any
     ) -> AsyncIterator[storage_pb2.RelationSizes]:

@@ -26,6 +26,7 @@ from boreal.errors import BorealError
 from boreal.types import (
     PAGE_BYTES,
     RELATION_SEGMENT_BLOCKS,
+    BlockNumber,
     Epoch,
     Fork,
     Lsn,
@@ -78,13 +79,22 @@ class FileSource:
 
     original: Original
     asked: list[tuple[PageKey, Lsn]] = field(default_factory=list)
+    """Every page of every call."""
+    calls: int = 0
     failing: dict[int, BorealError] = field(default_factory=dict)
     """What pages of these relations fail with."""
 
-    async def get_page(self, key: PageKey, lsn: Lsn) -> bytes | None:
-        self.asked.append((key, lsn))
-        if key.relation.relation in self.failing:
-            raise self.failing[key.relation.relation]
+    async def get_pages(
+        self, relation: RelationFork, first: BlockNumber, count: int, lsn: Lsn
+    ) -> list[bytes | None]:
+        self.calls += 1
+        keys = [PageKey(relation, BlockNumber(first + position)) for position in range(count)]
+        self.asked += [(key, lsn) for key in keys]
+        if relation.relation in self.failing:
+            raise self.failing[relation.relation]
+        return [self.page(key) for key in keys]
+
+    def page(self, key: PageKey) -> bytes | None:
         content = _content(self.file_of(key))
         at = key.block % RELATION_SEGMENT_BLOCKS * PAGE_BYTES
         return content[at : at + PAGE_BYTES] or None
@@ -107,13 +117,16 @@ def _content(path: Path) -> bytes:
 class ShimmedPostgres:
     """A running one."""
 
-    def __init__(self, original: Original, home: Path, source: FileSource) -> None:
+    def __init__(
+        self, original: Original, home: Path, source: FileSource, *, cache_limited: bool
+    ) -> None:
         self.data = home / "data"
         self.socket_directory = home
         self.page_socket = home / "pages"
         self.source = source
         self.pages: PageService | None = None
         self._engine = original.engine
+        self._cache_limited = cache_limited
         self._log = home / "postgres.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -135,7 +148,9 @@ class ShimmedPostgres:
                     self.data,
                     *(f"--{name}={value}" for name, value in settings.items()),
                 ],
-                env=self._engine.environment(shim.environment(library, self.page_socket)),
+                env=self._engine.environment(
+                    shim.environment(library, self.page_socket, cache_limited=self._cache_limited)
+                ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -211,13 +226,14 @@ class ShimmedPostgres:
 
 @asynccontextmanager
 async def shimmed_postgres(
-    original: Original, library: Path, name: str
+    original: Original, library: Path, name: str, *, cache_limited: bool = False
 ) -> AsyncIterator[ShimmedPostgres]:
     """Run one, a standby, over `original` without a page of its own; stop and remove it after."""
     home = original.home / name
     home.mkdir()
     original.engine.account.own(home)
-    server = ShimmedPostgres(original, home, FileSource(original=original))
+    source = FileSource(original=original)
+    server = ShimmedPostgres(original, home, source, cache_limited=cache_limited)
     try:
         await asyncio.to_thread(_restore_without_pages, original, server.data)
         await server.serve_pages()

@@ -40,7 +40,6 @@ from boreal.types import (
     Fork,
     Lsn,
     NodeName,
-    PageKey,
     RelationFork,
     Timeline,
     VolumeId,
@@ -55,6 +54,7 @@ LSN = Lsn(LOG_START + 100)
 LIMITS = replace(
     DEFAULT_LIMITS,
     pages=Patience(attempt_s=0.3, total_s=2.0),
+    windows=Patience(attempt_s=0.3, total_s=2.0),
     bulk=Patience(attempt_s=0.5, total_s=2.0),
     changes=Deadlines(call_s=1.0),
 )
@@ -79,6 +79,11 @@ async def six(epoch: int = 1) -> AsyncIterator[tuple[Fleet, list[FleetNode]]]:
         await fleet.close()
 
 
+async def page_at(fleet: Fleet, block: int) -> bytes | None:
+    (page,) = await fleet.get_pages(HEAP, BlockNumber(block), 1, LSN)
+    return page
+
+
 def calls(nodes: list[FleetNode], call: str) -> list[int]:
     return [node.calls.count(call) for node in nodes]
 
@@ -88,8 +93,8 @@ def calls(nodes: list[FleetNode], call: str) -> list[int]:
 
 async def test_one_node_is_asked_for_a_page() -> None:
     async with six() as (fleet, nodes):
-        page = await fleet.get_page(PageKey(HEAP, BlockNumber(2)), LSN)
-        beyond = await fleet.get_page(PageKey(HEAP, BlockNumber(5)), LSN)
+        page = await page_at(fleet, 2)
+        beyond = await page_at(fleet, 5)
         assert (page, beyond) == (page_of(3), None)
         assert sum(calls(nodes, "GetPages")) == 2
 
@@ -130,7 +135,7 @@ async def test_the_next_node_is_asked_when_one_cannot_serve(failure: BorealError
         for node in nodes[:5]:
             node.failure = failure
         for _ in range(20):
-            assert await fleet.get_page(PageKey(HEAP, BlockNumber(0)), LSN) == page_of(1)
+            assert await page_at(fleet, 0) == page_of(1)
         # Found once, the good node is asked first; the others are left alone for a while.
         assert calls(nodes, "GetPages") == [1, 1, 1, 1, 1, 20]
 
@@ -141,7 +146,7 @@ async def test_hung_and_dead_nodes_are_passed_over() -> None:
         nodes[2].port = 1  # nobody listens there
         await fleet.set_members([node.member for node in nodes])
         started = time.monotonic()
-        assert await fleet.get_page(PageKey(HEAP, BlockNumber(0)), LSN) == page_of(1)
+        assert await page_at(fleet, 0) == page_of(1)
         assert time.monotonic() - started < 1.5
         nodes[0].hanging = nodes[1].hanging = False
 
@@ -152,7 +157,7 @@ async def test_a_read_that_nobody_serves_fails_with_every_reason() -> None:
             node.failure = CorruptData(f"checksum on {node.name}")
         started = time.monotonic()
         with pytest.raises(QuorumUnavailable) as raised:
-            await fleet.get_page(PageKey(HEAP, BlockNumber(0)), LSN)
+            await page_at(fleet, 0)
         assert time.monotonic() - started < LIMITS.pages.total_s + 1
         assert all(f"checksum on {node.name}" in raised.value.message for node in nodes)
         assert "1663/5/16384:0" in raised.value.message
@@ -162,7 +167,7 @@ async def test_a_node_that_comes_back_is_found_within_the_time() -> None:
     async with six() as (fleet, nodes):
         for node in nodes:
             node.failure = NotIndexedYet("behind", indexed_lsn=5)
-        reading = asyncio.create_task(fleet.get_page(PageKey(HEAP, BlockNumber(0)), LSN))
+        reading = asyncio.create_task(page_at(fleet, 0))
         while sum(calls(nodes, "GetPages")) < 6:
             await asyncio.sleep(0.005)
         nodes[3].failure = None
@@ -174,7 +179,7 @@ async def test_what_no_other_node_would_mend_is_raised_at_once() -> None:
         for node in nodes:
             node.failure = NotMaterializable("no redo for it")
         with pytest.raises(NotMaterializable):
-            await fleet.get_page(PageKey(HEAP, BlockNumber(0)), LSN)
+            await page_at(fleet, 0)
         assert sum(calls(nodes, "GetPages")) == 1
 
 
@@ -183,11 +188,11 @@ async def test_a_newer_epoch_is_raised_and_can_be_taken_over() -> None:
         for node in nodes:
             node.state = node.state.fence(Epoch(4))
         with pytest.raises(StaleEpoch) as raised:
-            await fleet.get_page(PageKey(HEAP, BlockNumber(0)), LSN)
+            await page_at(fleet, 0)
         fleet.raise_epoch(Epoch(raised.value.details["promised_epoch"]))
         fleet.raise_epoch(Epoch(2))  # never back
         assert fleet.epoch == 4
-        assert await fleet.get_page(PageKey(HEAP, BlockNumber(0)), LSN) == page_of(1)
+        assert await page_at(fleet, 0) == page_of(1)
 
 
 async def test_a_named_node_is_asked_alone_and_its_error_is_told() -> None:
@@ -303,7 +308,7 @@ async def test_members_come_and_go() -> None:
         assert list(fleet.members) == [node.name for node in nodes]
         await fleet.set_members([nodes[1].member])
         assert [node.name for node in fleet.nodes] == ["sn-2"]
-        assert await fleet.get_page(PageKey(HEAP, BlockNumber(0)), LSN) == page_of(1)
+        assert await page_at(fleet, 0) == page_of(1)
         assert calls(nodes, "GetPages") == [0, 1, 0, 0, 0, 0]
 
 

@@ -17,7 +17,7 @@ from boreal.errors import BorealError, CorruptData, QuorumUnavailable, StaleEpoc
 from boreal.quorum import Lineage, SegmentState, TimelineStart
 from boreal.types import Epoch, Lsn, NodeName, Timeline, VolumeId
 from compute_node.fleet import Fleet
-from compute_node.log_source import LogSource, view_log
+from compute_node.log_source import Held, LogSource, view_log
 from compute_node.storage_client import SegmentPosition
 from tests.compute_node.fleet_node import LOG_START, SYSTEM_IDENTIFIER, FleetNode, running
 
@@ -57,14 +57,21 @@ def test_less_than_a_read_quorum_tells_nothing(answers: int) -> None:
 def test_the_view_is_that_of_the_nodes_of_one_history() -> None:
     view = view_log(positions(state(ONE, 500), state(ONE, 700), state(ONE, 0)))
     assert view.lineage == ONE
-    assert view.holders == {"sn-1": END - 5020 + 500, "sn-2": LOG_START + 700, "sn-3": LOG_START}
+    assert view.holders == {
+        "sn-1": Held(LOG_START, Lsn(LOG_START + 500)),
+        "sn-2": Held(LOG_START, Lsn(LOG_START + 700)),
+        "sn-3": Held(LOG_START, LOG_START),
+    }
     assert (view.system_identifier, view.materialize) == (7, True)
 
 
 def test_a_newer_history_wins_over_a_longer_log_and_the_old_one_is_not_read_from() -> None:
     view = view_log(positions(state(ONE, 5000), state(TWO, 1500), state(TWO, 1000)))
     assert view.lineage == TWO
-    assert view.holders == {"sn-2": LOG_START + 1500, "sn-3": LOG_START + 1000}
+    assert {name: held.scl for name, held in view.holders.items()} == {
+        "sn-2": LOG_START + 1500,
+        "sn-3": LOG_START + 1000,
+    }
 
 
 def test_who_adopted_but_lacks_bytes_below_the_newest_start_speaks_for_the_older_epoch() -> None:
@@ -204,6 +211,19 @@ async def test_the_logs_bytes_come_from_a_node_that_has_them() -> None:
         await source.refresh()
         assert await source.read(Lsn(LOG_START + 50), Lsn(LOG_START + 3050)) == LOG[50:3050]
         assert [node.calls.count("GetLog") for node in nodes] == [0, 0, 1]
+
+
+async def test_only_those_are_read_whose_log_reaches_down_far_enough() -> None:
+    async with source_of() as (source, nodes):
+        for node, start in zip(nodes, (200, 101, 100), strict=True):
+            node.state = node.state.append(Epoch(1), node.state.scl, 0, node.state.scl).state
+            node.state = node.state.trim(Lsn(LOG_START + start))
+        await source.refresh()
+        assert await source.read(Lsn(LOG_START + 100), Lsn(LOG_START + 500)) == LOG[100:500]
+        assert [node.calls.count("GetLog") for node in nodes] == [0, 0, 1]
+        for node in nodes[1:]:
+            node.failure = Unreachable("away")
+        assert await source.read(Lsn(LOG_START + 200), Lsn(LOG_START + 500)) == LOG[200:500]
 
 
 async def test_nothing_is_read_from_another_history() -> None:

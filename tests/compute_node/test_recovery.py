@@ -16,10 +16,18 @@ from typing import Any
 
 import pytest
 
-from boreal.errors import BorealError, CorruptData, CorruptWal, Internal, StaleEpoch, Unreachable
+from boreal.errors import (
+    BelowLogStart,
+    BorealError,
+    CorruptData,
+    CorruptWal,
+    Internal,
+    StaleEpoch,
+    Unreachable,
+)
 from boreal.quorum import SIX_WAY, Lineage, SegmentState
 from boreal.rpc import storage_pb2
-from boreal.types import Epoch, Lsn, NodeName, VolumeId
+from boreal.types import PAGE_BYTES, Epoch, Lsn, NodeName, VolumeId
 from compute_node.fleet import DEFAULT_LIMITS, Fleet
 from compute_node.recovery import find_log_end, recover
 from compute_node.storage_client import Deadlines
@@ -47,6 +55,8 @@ class LogNode(FleetNode):
     ) -> AsyncIterator[storage_pb2.LogChunk]:
         if self.dies_of is not None:
             self.failure = self.dies_of
+        if request.start_lsn < self.state.start:
+            raise BelowLogStart("dropped", start_lsn=self.state.start)
         if self.log_failures:
             self.calls.append("GetLog")
             raise self.log_failures.pop(0)
@@ -62,8 +72,15 @@ class LogNode(FleetNode):
             promised=lineage.last.epoch, lineage=lineage, start=LOG_START, scl=scl, vdl=LOG_START
         )
 
+    def drops(self, pages: int) -> None:
+        """It keeps the log from so many pages after its beginning on."""
+        known = self.state.append(self.state.promised, self.state.scl, 0, self.state.scl).state
+        self.state = known.trim(Lsn(LOG_START + pages * PAGE_BYTES))
+
     def take_from(self, peer: LogNode) -> None:
         """Catch up, as far as the rules allow."""
+        if peer.state.start > self.state.scl:
+            return
         self.log = self.log[: self.state.scl - LOG_START]
         if peer.state.scl > self.state.scl and not (self.state.fenced or peer.state.fenced):
             self.state.catch_up_from(peer.state.lineage)
@@ -200,6 +217,25 @@ async def test_a_first_record_that_is_unfinished_leaves_the_log_empty() -> None:
         plan = await recover(fleet, Epoch(2))
         assert plan.end == LOG_START
         assert plan.lineage == Lineage.of([(1, LOG_START), (2, LOG_START)])
+
+
+@pytest.mark.parametrize("tail", [0, 24, 130])
+async def test_nodes_may_keep_the_log_from_different_places_on(tail: int) -> None:
+    log = wal(800)
+    end, whole = log.end, len(log.data)
+    log.add(21, 0, body(bytes(200)))
+    async with six() as (fleet, nodes):
+        for node, pages in zip(nodes, (0, 3, 9, 10, 10, 1), strict=True):
+            node.holds(log.data[: whole + tail * (pages == 10)])
+            node.drops(pages)
+        nodes[0].holds(log.data[: 10 * PAGE_BYTES + 5])  # what it lacks is kept by the others
+        async with catching_up(nodes, 2):
+            plan = await recover(fleet, Epoch(2))
+            assert plan.end == end
+            await until(lambda: all(node.state.scl == end for node in nodes))
+        assert sorted(node.state.start - LOG_START for node in nodes) == [
+            *(0, 1 * PAGE_BYTES, 3 * PAGE_BYTES, 9 * PAGE_BYTES, 10 * PAGE_BYTES, 10 * PAGE_BYTES)
+        ]
 
 
 # --- a quorum, however long it takes -------------------------------------------------------------

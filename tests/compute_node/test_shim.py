@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import json
 import os
 import struct
@@ -28,11 +29,20 @@ import psutil
 import psycopg
 import pytest
 
+from boreal.engine import Account
 from boreal.errors import BadUsage, NotMaterializable, ProcessFailed
 from boreal.types import PAGE_BYTES
 from boreal.waiting import wait_until
 from compute_node import shim
-from compute_node.page_service import Operation, Outcome, ShimRequest
+from compute_node.losses import Losses
+from compute_node.page_protocol import (
+    REQUEST_BYTES,
+    Operation,
+    Outcome,
+    ShimRequest,
+    answer,
+    answer_pages,
+)
 from tests.compute_node.shimmed import Original, page_key, shimmed_postgres
 from tests.support.stock_postgres import stock_postgres
 
@@ -162,6 +172,63 @@ async def test_the_promoted_writer_changes_pages_it_never_had(
             "SELECT count(*) FROM items WHERE id % 3 = 0",
         )
         assert await server.run("SELECT count(*) FROM scratch") == [(300,)]
+
+
+async def test_a_sequential_scan_is_read_ahead_and_stays_exact(
+    original: Original, library: Path
+) -> None:
+    async with shimmed_postgres(original, library, "scan") as server:
+        path = await server.file_of("untouched")
+        assert await server.run("SELECT count(*) FROM untouched") == [(1000,)]
+        assert server.pages is not None
+        of_it = [
+            key for key, _lsn in server.source.asked if key.relation.relation == int(path.name)
+        ]
+        assert server.pages.counters.ahead > 0
+        assert len(of_it) == len(set(of_it))
+        assert path.read_bytes() == server.source.file_of(page_key(path, 0)).read_bytes()
+
+
+async def test_a_bitmap_scan_passes_on_its_hints(original: Original, library: Path) -> None:
+    async with shimmed_postgres(original, library, "hints") as server:
+        rows = await server.run(
+            "SET enable_seqscan = off; SET enable_indexscan = off",
+            "SET effective_io_concurrency = 32",
+            "SELECT count(*), sum(id) FROM items WHERE tags @> ARRAY[5]",
+        )
+        assert server.pages is not None
+        assert server.pages.counters.ahead > 10
+        assert rows == await server.run(
+            "SET enable_bitmapscan = off",
+            "SELECT count(*), sum(id) FROM items WHERE 5 = ANY (tags)",
+        )
+
+
+async def test_reextension_over_pages_that_wait(original: Original, library: Path) -> None:
+    """A scan stops with pages waiting in its process and in the agent; then the table is truncated
+    by vacuum and grows again: what it reads there must be what was written there."""
+    async with shimmed_postgres(original, library, "grows") as server:
+        await server.promote()
+        scanning = await server.connect()
+        async with scanning:
+            await scanning.execute("BEGIN; DECLARE c CURSOR FOR SELECT id FROM shrinking")
+            cursor = await scanning.execute("FETCH 200 FROM c")
+            assert len(await cursor.fetchall()) == 200
+            await scanning.execute("COMMIT")
+            assert server.pages is not None
+            await server.run("DELETE FROM shrinking WHERE id > 20", "VACUUM shrinking")
+            path = await server.file_of("shrinking")
+            assert path.stat().st_size < 5 * PAGE_BYTES
+            await server.run(
+                "INSERT INTO shrinking SELECT -g, repeat('n', 400) FROM generate_series(1, 300) g",
+                "CHECKPOINT",
+            )
+            # As a bulk extension leaves it: blocks that were never written.
+            os.truncate(path, 60 * PAGE_BYTES)
+            for session in (scanning, await server.connect()):
+                cursor = await session.execute("SELECT count(*), min(id), max(id) FROM shrinking")
+                assert await cursor.fetchone() == (320, -300, 20)
+            await session.close()
 
 
 async def test_what_was_cut_off_stays_cut_off(original: Original, library: Path) -> None:
@@ -326,6 +393,9 @@ def fake_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "engine.so"
 
 
+MAGIC = 0x32534742
+
+
 def page_of(block: int) -> bytes:
     return struct.pack("<I", block + 1) * (PAGE_BYTES // 4)
 
@@ -333,8 +403,9 @@ def page_of(block: int) -> bytes:
 async def give_page(request: ShimRequest) -> bytes:
     """A well-behaved agent's answer."""
     if request.operation is Operation.CUT:
-        return struct.pack("=II", 0x31534742, Outcome.DONE)
-    return struct.pack("=II", 0x31534742, Outcome.PAGE) + page_of(request.key.block)
+        return answer(Outcome.DONE)
+    first = request.key.block
+    return answer_pages([page_of(block) for block in range(first, first + request.window)])
 
 
 @asynccontextmanager
@@ -347,10 +418,12 @@ async def agent(
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
-                requests.append(ShimRequest.unpack(await reader.readexactly(32)))
-                if not (answer := await reply(requests[-1])):
+                requests.append(ShimRequest.unpack(await reader.readexactly(REQUEST_BYTES)))
+                if requests[-1].operation is Operation.PREFETCH:
+                    continue
+                if not (given := await reply(requests[-1])):
                     break
-                writer.write(answer)
+                writer.write(given)
         writer.close()
 
     server = await asyncio.start_unix_server(serve, path)
@@ -367,6 +440,7 @@ class Driver:
         self.data = data
         self.socket_path = data / "pages"
         self._libraries = libraries
+        self.variables: dict[str, str] = {}
         (data / "base" / "5").mkdir(parents=True)
         (data / "global").mkdir()
 
@@ -384,6 +458,7 @@ class Driver:
             env={
                 "LD_PRELOAD": ":".join(map(str, self._libraries)),
                 shim.SOCKET_VARIABLE: str(self.socket_path),
+                **self.variables,
             },
             stdout=asyncio.subprocess.PIPE,
         )
@@ -509,22 +584,25 @@ async def test_without_an_agent_nothing_is_cut_and_nothing_is_read(driver: Drive
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "given",
     [
         b"",
-        struct.pack("=II", 0x31534742, Outcome.FAILED),
-        struct.pack("=II", 0x31534742, Outcome.DONE),
-        struct.pack("=II", 0x31534742, 77),
-        struct.pack("=II", 0xBAD, Outcome.ZEROS),
-        struct.pack("=II", 0x31534742, Outcome.ZEROS) + b"more",
+        answer(Outcome.FAILED),
+        answer(Outcome.DONE),
+        struct.pack("=IHHQ", MAGIC, 77, 1, 0),
+        struct.pack("=IHHQ", 0xBAD, Outcome.PAGES, 1, 0),
+        struct.pack("=IHHQ", MAGIC, Outcome.PAGES, 0, 0),
+        struct.pack("=IHHQ", MAGIC, Outcome.PAGES, 2, 0),
+        struct.pack("=IHHQ", MAGIC, Outcome.PAGES, 1, 2) + page_of(0),
+        answer_pages([None]) + b"more",
     ],
-    ids=["hangs up", "failed", "done", "unknown", "magic", "too long"],
+    ids=["hangs up", "failed", "done", "unknown", "magic", "no page", "two pages", "bit", "long"],
 )
-async def test_no_other_answer_is_taken_for_a_page(driver: Driver, answer: bytes) -> None:
+async def test_no_other_answer_is_taken_for_a_page(driver: Driver, given: bytes) -> None:
     driver.relation("base/5/100", 1)
 
     async def reply(_request: ShimRequest) -> bytes:
-        return answer
+        return given
 
     async with agent(driver.socket_path, reply):
         code = "fd = opened('base/5/100'); result = pread(fd, 8192, 0)"
@@ -535,7 +613,7 @@ async def test_a_legitimate_zero_page_is_answered_but_not_written(driver: Driver
     path = driver.relation("base/5/100", 1)
 
     async def reply(_request: ShimRequest) -> bytes:
-        return struct.pack("=II", 0x31534742, Outcome.ZEROS)
+        return answer_pages([None])
 
     async with agent(driver.socket_path, reply):
         page = await driver.run("fd = opened('base/5/100'); result = pread(fd, 8192, 0)")
@@ -592,6 +670,212 @@ async def test_signals_do_not_disturb_a_wait(driver: Driver) -> None:
         )
     assert {bytes.fromhex(page) for page in pages} == {page_of(0)}
     assert len(requests) == 20
+
+
+# --- pages that wait, and hints ------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(driver: Driver) -> Iterator[Losses]:
+    """The file of losses, without which the shim reads nothing ahead."""
+    losses = Losses(driver.socket_path, Account.current())
+    yield losses
+    losses.close()
+
+
+def runs(requests: list[ShimRequest]) -> list[tuple[int, int]]:
+    return [(request.key.block, request.window) for request in requests]
+
+
+_SCAN = """
+fd = opened('base/5/100', {flags})
+page = lambda b: (b + 1).to_bytes(4, 'little').hex() * 2048
+right = lambda b: pread(fd, 8192, b * 8192) == page(b)
+result = all([right(b) for b in {blocks}])
+"""
+
+
+@pytest.mark.parametrize("flags", ["os.O_RDWR", "os.O_RDONLY"])
+async def test_a_sequential_reader_gets_growing_windows_up_to_the_end(
+    driver: Driver, counted: Losses, flags: str
+) -> None:
+    path = driver.relation("base/5/100", 300)
+    async with agent(driver.socket_path) as requests:
+        assert await driver.run(_SCAN.format(flags=flags, blocks="range(300)"))
+    assert runs(requests) == [
+        *((0, 1), (1, 2), (3, 4), (7, 8), (15, 16), (31, 32), (63, 64), (127, 64), (191, 64)),
+        (255, 45),
+    ]
+    stored = b"".join(page_of(block) for block in range(300))
+    assert path.read_bytes() == (stored if flags == "os.O_RDWR" else bytes(len(stored)))
+
+
+async def test_pages_that_wait_are_not_in_the_file(driver: Driver, counted: Losses) -> None:
+    path = driver.relation("base/5/100", 20)
+    async with agent(driver.socket_path) as requests:
+        assert await driver.run(_SCAN.format(flags="os.O_RDWR", blocks="range(8)"))
+    assert runs(requests)[-1] == (7, 8)
+    assert path.read_bytes() == b"".join(map(page_of, range(8))) + bytes(12 * PAGE_BYTES)
+
+
+async def test_a_random_reader_gets_single_pages(driver: Driver, counted: Losses) -> None:
+    driver.relation("base/5/100", 5000)
+    async with agent(driver.socket_path) as requests:
+        blocks = "[n * 1237 % 5000 for n in range(100)]"
+        assert await driver.run(_SCAN.format(flags="os.O_RDWR", blocks=blocks))
+    assert {window for _block, window in runs(requests)} == {1}
+
+
+async def test_a_worker_of_a_parallel_scan_gets_its_chunks(driver: Driver, counted: Losses) -> None:
+    """It reads eight blocks and jumps over those of two fellows (table_block_parallelscan)."""
+    driver.relation("base/5/100", 480)
+    async with agent(driver.socket_path) as requests:
+        blocks = "[c * 24 + n for c in range(20) for n in range(8)]"
+        assert await driver.run(_SCAN.format(flags="os.O_RDWR", blocks=blocks))
+    assert runs(requests)[4:] == [(chunk * 24, 8) for chunk in range(1, 20)]
+
+
+async def test_readers_of_several_files_are_told_apart(driver: Driver, counted: Losses) -> None:
+    for number in (100, 101, 102):
+        driver.relation(f"base/5/{number}", 64)
+    async with agent(driver.socket_path) as requests:
+        assert await driver.run(
+            "fds = [opened(f'base/5/{number}') for number in (100, 101, 102)]\n"
+            "page = lambda b: (b + 1).to_bytes(4, 'little').hex() * 2048\n"
+            "result = all([pread(fd, 8192, b * 8192) == page(b) for b in range(64) for fd in fds])"
+        )
+    assert len(requests) == 3 * 7
+
+
+async def test_a_window_ends_where_pages_are_here(driver: Driver, counted: Losses) -> None:
+    path = driver.relation("base/5/100", 64)
+    with path.open("r+b") as file:
+        file.seek(10 * PAGE_BYTES)
+        file.write(page_of(10) + page_of(11))
+    async with agent(driver.socket_path) as requests:
+        assert await driver.run(_SCAN.format(flags="os.O_RDWR", blocks="range(64)"))
+    assert runs(requests)[:5] == [(0, 1), (1, 2), (3, 4), (7, 3), (12, 6)]
+
+
+async def test_a_window_may_come_short_and_with_zeros(driver: Driver, counted: Losses) -> None:
+    driver.relation("base/5/100", 64)
+
+    async def reply(request: ShimRequest) -> bytes:
+        first = request.key.block
+        blocks = range(first, first + (request.window + 1) // 2)
+        return answer_pages([page_of(block) if block % 3 else None for block in blocks])
+
+    async with agent(driver.socket_path, reply):
+        pages = await driver.run(
+            "fd = opened('base/5/100'); result = [pread(fd, 8192, b * 8192) for b in range(64)]"
+        )
+    assert [bytes.fromhex(page) for page in pages] == [
+        page_of(block) if block % 3 else bytes(PAGE_BYTES) for block in range(64)
+    ]
+
+
+_LOSSES = {
+    # A block that was cut off and is there again must not get its old page ...
+    "truncation": "libc.ftruncate(fd, 8 * 8192); os.truncate('base/5/100', 40 * 8192)",
+    "drop": "libc.unlink(b'base/5/200')",
+    # ... nor one that was changed and then evicted the page from before (see `reply`).
+    "eviction": "pread(opened('base/5/200'), 8192, 0)",
+}
+
+
+@pytest.mark.parametrize("loss", _LOSSES)
+async def test_waiting_pages_are_void_after_a_loss(
+    driver: Driver, counted: Losses, loss: str
+) -> None:
+    driver.relation("base/5/100", 40)
+    driver.relation("base/5/200", 1)
+    lost = False
+
+    async def reply(request: ShimRequest) -> bytes:
+        nonlocal lost
+        lost = lost or request.key.relation.relation == 200
+        if request.operation is Operation.CUT:
+            lost = True
+            return answer(Outcome.DONE)
+        if loss == "eviction" and request.key.relation.relation == 200:
+            with counted.evicting():
+                pass
+        return answer_pages([None] * request.window) if lost else await give_page(request)
+
+    async with agent(driver.socket_path, reply) as requests:
+        pages = await driver.run(
+            "fd = opened('base/5/100')\n"
+            "before = [pread(fd, 8192, b * 8192) for b in range(9)]\n"
+            f"{_LOSSES[loss]}\n"
+            "result = [pread(fd, 8192, b * 8192) for b in range(9, 20)]"
+        )
+    assert runs(requests)[:4] == [(0, 1), (1, 2), (3, 4), (7, 8)]
+    assert requests[-1].losses == counted.count() > 0
+    assert {bytes.fromhex(page) for page in pages} == {bytes(PAGE_BYTES)}
+
+
+async def test_hints_are_passed_on_for_blocks_that_are_not_here(
+    driver: Driver, counted: Losses
+) -> None:
+    path = driver.relation("base/5/100", 10)
+    driver.relation("plain", 10)
+    with path.open("r+b") as file:
+        file.write(page_of(0))
+    async with agent(driver.socket_path) as requests:
+        page = await driver.run(
+            "libc.posix_fadvise.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_long,"
+            " ctypes.c_int]\n"
+            "hint = lambda fd, b: libc.posix_fadvise(fd, b * 8192, 8192, os.POSIX_FADV_WILLNEED)\n"
+            "fd = opened('base/5/100'); plain = opened('plain')\n"
+            "assert [hint(fd, b) for b in (0, 7, 3, 10, 99)] == [0] * 5 and hint(plain, 1) == 0\n"
+            "result = pread(fd, 8192, 7 * 8192)"
+        )
+    assert bytes.fromhex(page) == page_of(7)
+    assert [(request.operation, request.key.block) for request in requests] == [
+        (Operation.PREFETCH, 7),
+        (Operation.PREFETCH, 3),
+        (Operation.GET_PAGES, 7),
+    ]
+
+
+async def test_a_lost_agent_costs_hints_and_nothing_else(driver: Driver, counted: Losses) -> None:
+    driver.relation("base/5/100", 10)
+    assert (
+        await driver.run(
+            "fd = opened('base/5/100')\n"
+            "result = [libc.posix_fadvise(fd, 0, 8192, os.POSIX_FADV_WILLNEED) for _ in range(9)]"
+        )
+        == [0] * 9
+    )
+
+
+async def test_writes_and_reads_respect_the_lock_of_an_eviction(
+    driver: Driver, counted: Losses
+) -> None:
+    """While the agent holds the range and counts oddly, nobody reads or writes it."""
+    path = driver.relation("base/5/100", 4)
+    path.write_bytes(b"".join(map(page_of, range(4))))
+    driver.variables[shim.LIMITED_VARIABLE] = "1"
+    code = (
+        "libc.pwrite.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_long]\n"
+        "fd = opened('base/5/100')\n"
+        "result = [pread(fd, 8192, 3 * 8192), libc.pwrite(fd, b'n' * 8192, 8192, 0)]\n"
+        "result.append(pread(fd, 8192, 8192))"
+    )
+    with path.open("r+b") as file, counted.evicting():
+        held = struct.pack("@hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 2 * PAGE_BYTES, 0)
+        fcntl.fcntl(file, 37, held)  # F_OFD_SETLK
+        async with agent(driver.socket_path):
+            running = asyncio.create_task(driver.run(code))
+            assert await asyncio.wait([running], timeout=1.5) == (set(), {running})
+            assert path.read_bytes()[:PAGE_BYTES] == page_of(0)
+            free = struct.pack("@hhqqi4x", fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0)
+            fcntl.fcntl(file, 37, free)
+            other, written, read = await running
+    assert bytes.fromhex(other) == page_of(3)
+    assert written == PAGE_BYTES
+    assert bytes.fromhex(read) == page_of(1)
+    assert path.read_bytes()[:PAGE_BYTES] == b"n" * PAGE_BYTES
 
 
 # --- the environment it finds itself in ----------------------------------------------------------

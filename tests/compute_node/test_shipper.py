@@ -120,7 +120,24 @@ async def test_every_node_gets_every_byte_and_the_vdl_follows() -> None:
         assert f.vdls[-1] == f.shipper.end
         assert f.shipper.shipped_bytes == 6 * len(f.sent)
         assert f.shipper.batches == sum(link.batches for link in f.shipper.links)
+        assert all(0 < link.ack_p50_us <= link.ack_p99_us for link in f.shipper.links)
         assert all(link.ack_latency_us > 0 for link in f.shipper.links)
+        assert f.shipper.held_everywhere == f.shipper.end
+
+
+async def test_a_node_that_is_away_holds_what_is_held_everywhere() -> None:
+    async with fleet(down=1) as f:
+        f.push(b"a" * 1000)
+        await f.durable()
+        assert f.shipper.held_everywhere is None
+        await f.nodes[5].start()
+        await f.everywhere()
+        await until(lambda: f.shipper.held_everywhere == f.shipper.end)
+        held = f.shipper.end
+        await f.nodes[0].kill()
+        f.push(b"b" * 1000)
+        await f.durable()
+        assert f.shipper.held_everywhere == held
 
 
 async def test_an_idle_writer_still_tells_the_last_vdl() -> None:

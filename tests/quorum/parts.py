@@ -49,6 +49,9 @@ class Rules:
     adopt_cuts_first = True
     """Whether a node discards the bytes that part before it makes the new lineage durable."""
 
+    trim_says_so_first = True
+    """Whether a node makes its new start durable before it drops the log below."""
+
     def created(self, newest: Epoch) -> SegmentState:
         return SegmentState.created(FIRST_EPOCH, LOG_START)
 
@@ -75,6 +78,17 @@ class Rules:
 
     def check_catch_up(self, state: SegmentState, lineage: Lineage) -> None:
         state.catch_up_from(lineage)
+
+    floor_at_record_end = True
+    """Whether the floor a writer tells is a record's end."""
+
+    def floor(self, tracker: DurabilityTracker) -> Lsn | None:
+        """What nobody needs the log below: durable, and held by all."""
+        held = tracker.held_everywhere
+        return None if held is None else min(held, tracker.vdl)
+
+    def trim(self, state: SegmentState, floor: Lsn) -> SegmentState:
+        return state.trim(min(floor, state.vdl))
 
     def choose(self, epoch: Epoch, answers: Mapping[NodeName, SegmentState]) -> NodeName:
         return choose_source(SIX_WAY, epoch, answers)
@@ -132,6 +146,13 @@ class TellDurable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Trim:
+    """Nobody needs the log below `floor` any more."""
+
+    floor: Lsn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pull:
     """A segment asks a peer for the log from `at` on; what comes back it takes as `lineage`'s."""
 
@@ -161,7 +182,7 @@ class Answer:
     gap: bool = False
 
 
-Body = Call | Answer | TellDurable | Pull | Chunk
+Body = Call | Answer | TellDurable | Trim | Pull | Chunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +204,8 @@ class Segment:
     name: NodeName
     state: SegmentState | None = None
     log: bytearray = field(default_factory=bytearray)
+    """From the volume's first byte, for comparison; nobody is given what lies below `dropped`."""
+    dropped: Lsn = LOG_START
     up: bool = True
     checked: SegmentState | None = None
     """The state the invariants were last checked in; no byte changes without a new one."""
@@ -210,5 +233,7 @@ class Writer:
     positions: dict[NodeName, SegmentState] = field(default_factory=dict)
     tracker: DurabilityTracker | None = None
     log: bytearray = field(default_factory=bytearray)
+    """From the volume's first byte, for comparison; it can send what lies at or past `first`."""
+    first: Lsn = LOG_START
     sent: dict[NodeName, Lsn] = field(default_factory=dict)
     vdl: Lsn = LOG_START

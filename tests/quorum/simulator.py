@@ -41,6 +41,7 @@ from tests.quorum.parts import (
     Rules,
     Segment,
     TellDurable,
+    Trim,
     Violation,
     Writer,
     record,
@@ -70,6 +71,7 @@ class Action(Enum):
     STOP = "a writer dies"
     PULL = "a segment takes the lineage or the log of a peer"
     READ = "a reader tells a node what its writer knows to be durable"
+    TRIM = "a writer tells nodes what log nobody needs any more"
     KILL = "a node's process is killed"
     POWER_LOSS = "a node's machine loses power"
     RESTART = "a node comes back"
@@ -84,6 +86,7 @@ WRITER_ACTIONS = frozenset(
         Action.PARTITION,
         Action.STOP,
         Action.READ,
+        Action.TRIM,
     }
 )
 
@@ -199,15 +202,30 @@ class Simulation:
                 self._answer(segment, epoch, call)
             case TellDurable():
                 segment.state = self.rules.told_durable(state, epoch, call.end)
+            case Trim():
+                self._drop(segment, epoch, call)
             case Pull():
-                self.rules.check_source_of_catch_up(state, epoch)
-                data = bytes(segment.log[call.at : call.at + MAX_APPEND_BYTES])
-                self._send(call.to, epoch, Chunk(lineage=call.lineage, at=call.at, data=data))
+                self._supply(segment, epoch, call)
             case Chunk():
-                self.rules.check_catch_up(state, call.lineage)
-                if call.at <= state.scl:
-                    segment.log += call.data[state.scl - call.at :]
-                    segment.state = replace(state, scl=Lsn(len(segment.log)))
+                self._fill(segment, call)
+
+    def _drop(self, segment: Segment, epoch: Epoch, call: Trim) -> None:
+        segment.known.check_follows(epoch)
+        segment.state = self.rules.trim(segment.known, call.floor)
+        segment.dropped = segment.state.start
+
+    def _supply(self, segment: Segment, epoch: Epoch, call: Pull) -> None:
+        self.rules.check_source_of_catch_up(segment.known, epoch)
+        if call.at >= segment.known.start:
+            data = bytes(segment.log[call.at : call.at + MAX_APPEND_BYTES])
+            self._send(call.to, epoch, Chunk(lineage=call.lineage, at=call.at, data=data))
+
+    def _fill(self, segment: Segment, chunk: Chunk) -> None:
+        state = segment.known
+        self.rules.check_catch_up(state, chunk.lineage)
+        if chunk.at <= state.scl:
+            segment.log += chunk.data[state.scl - chunk.at :]
+            segment.state = replace(state, scl=Lsn(len(segment.log)))
 
     def _append(self, segment: Segment, epoch: Epoch, call: Append) -> None:
         try:
@@ -251,6 +269,11 @@ class Simulation:
             else:
                 segment.log[:] = log
                 segment.state = replace(after, scl=before.scl)
+        if isinstance(call, Trim) and choose(2):
+            if self.rules.trim_says_so_first:
+                segment.dropped = before.start
+            else:
+                segment.state = before
 
     def _change_power(self, action: Action, segment: Segment) -> None:
         segment.up = action is Action.RESTART
@@ -258,6 +281,7 @@ class Simulation:
             segment.state = self.rules.created(max(self.writers))
         elif action is Action.RESTART:
             segment.state = self.rules.restarted(segment.state)
+            segment.dropped = max(segment.dropped, segment.state.start)
         elif action is Action.POWER_LOSS:
             # What cannot be proved by a record's checksum is cut; the VDL lived in memory.
             scl = record_end(segment.log)
@@ -292,6 +316,8 @@ class Simulation:
         elif action is Action.READ and writer.tracker:
             end = record_end(writer.log[: writer.vdl])
             self._send(_pick(choose, NODES), writer.epoch, TellDurable(end=end))
+        elif action is Action.TRIM and writer.tracker:
+            self._trim(writer, choose)
         elif action is Action.WORK:
             self.work(writer, choose)
         elif action in {Action.EXCHANGE, Action.TEAR}:
@@ -302,9 +328,27 @@ class Simulation:
                 self._tear(torn, choose)
             self._deliver_most(late, choose)
 
+    def _trim(self, writer: Writer, choose: Choose) -> None:
+        late = len(self.messages)
+        self.send_floor(writer, _some_nodes(choose, at_least=1))
+        if len(self.messages) > late and not choose(6):
+            self._tear(self.messages.pop(), choose)
+        self._deliver_most(late, choose)
+
     def write(self, writer: Writer, size: int) -> None:
         """PostgreSQL adds a record."""
         writer.log += record(writer.epoch, len(writer.log), size)
+
+    def send_floor(self, writer: Writer, nodes: tuple[NodeName, ...]) -> None:
+        """Tell the nodes what log is of no use any more."""
+        if writer.tracker is None:
+            return
+        floor = self.rules.floor(writer.tracker)
+        if floor is not None:
+            if self.rules.floor_at_record_end:
+                floor = record_end(writer.log[:floor])
+            for node in nodes:
+                self._send(node, writer.epoch, Trim(floor=floor))
 
     def work(self, writer: Writer, choose: Choose) -> None:
         """Do what the writer's step asks for, towards each node or not."""
@@ -334,7 +378,7 @@ class Simulation:
         at = writer.sent.get(node, plan.end)
         if at >= len(writer.log) and choose(4):
             return
-        at = Lsn(max(0, at - choose(4)))
+        at = Lsn(max(writer.first, at - choose(4)))
         data = bytes(writer.log[at : at + 1 + choose(1 + choose(MAX_APPEND_BYTES))])
         self._send(node, writer.epoch, Append(at=at, data=data, vdl=writer.vdl))
         writer.sent[node] = Lsn(at + len(data))
@@ -344,7 +388,7 @@ class Simulation:
             case Fence() if writer.source is None and writer.plan is None:
                 writer.answers[node] = answer.state
             case ReadLog() if writer.plan is None and node == writer.source:
-                self._make_plan(writer, answer.data)
+                self._make_plan(writer, answer)
             case Adopt() | AskPosition() if writer.plan is not None:
                 if self.rules.counts(writer.plan, answer.state):
                     writer.positions[node] = answer.state
@@ -363,10 +407,13 @@ class Simulation:
                 pass
         self._advance(writer)
 
-    def _make_plan(self, writer: Writer, log: bytes) -> None:
-        end = record_end(log)
+    def _make_plan(self, writer: Writer, answer: Answer) -> None:
+        end = record_end(answer.data)
+        if end < answer.state.start:
+            raise Violation(f"{writer.source} dropped the log that recovery would cut at")
         writer.plan = self.rules.plan(writer.epoch, writer.answers, end)
-        writer.log += log[:end]
+        writer.log += answer.data[:end]
+        writer.first = answer.state.start
         for earlier, promised in self.acknowledged.items():
             if earlier < writer.epoch and not writer.log.startswith(promised):
                 raise Violation(
@@ -434,6 +481,8 @@ class Simulation:
 
     def _check_segment(self, segment: Segment, state: SegmentState) -> None:
         truth = self.writers[state.lineage.last.epoch].log
+        if segment.dropped > state.start:
+            raise Violation(f"{segment.name} says it holds log that it dropped")
         if len(segment.log) != state.scl or not truth.startswith(segment.log):
             raise Violation(f"{segment.name} holds other bytes than its lineage {state.lineage}")
         if not segment.log.startswith(segment.indexed):
@@ -462,6 +511,7 @@ class Simulation:
             self._deliver_all()
             for puller, peer in zip(NODES, NODES[1:] + NODES[:1], strict=True):
                 self.pull(puller, peer)
+            self.send_floor(writer, NODES)
             self._deliver_all()
             if writer.tracker and record_end(writer.log) == writer.vdl:
                 if all(s.log == writer.log for s in self.segments.values()):
@@ -486,7 +536,7 @@ def _some_nodes(choose: Choose, *, at_least: int) -> tuple[NodeName, ...]:
     return tuple(nodes)
 
 
-def run_seed(seed: int, rules: Rules | None = None, *, actions: int = 500) -> Simulation:
+def run_seed(seed: int, rules: Rules | None = None, *, actions: int = 600) -> Simulation:
     """One run, decided by `seed` alone. Each seed has its own kind of weather."""
     rng = random.Random(seed)
     simulation = Simulation(rules, late_segments=rng.choice((0, 0, 1, 2)))
@@ -504,6 +554,7 @@ def run_seed(seed: int, rules: Rules | None = None, *, actions: int = 500) -> Si
         Action.STOP: rng.choice((0, 0.1, 0.3)),
         Action.PULL: rng.choice((0, 2, 5)),
         Action.READ: rng.choice((0, 2)),
+        Action.TRIM: rng.choice((0, 0.5, 2)),
         Action.KILL: trouble,
         Action.POWER_LOSS: trouble * 0.5,
         Action.RESTART: trouble * rng.choice((5, 10)),

@@ -4,6 +4,8 @@ Method: the classic traps by example, on values: SCL against epoch, a lineage ad
 reached, too few answers, a second plan, and Raft's figure 8.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from boreal.errors import Internal, QuorumUnavailable
@@ -166,6 +168,28 @@ def test_the_vdl_is_what_four_segments_hold() -> None:
     assert tracker.adopted(D, Lsn(20)) == 100
     assert tracker.acked(D, Lsn(135)) == 130
     assert tracker.scls == {A: 150, B: 140, C: 130, D: 135}
+
+
+def test_what_is_held_everywhere_takes_a_word_of_every_segment() -> None:
+    tracker = DurabilityTracker(SIX_WAY, Lsn(100))
+    for number, node in enumerate((A, B, C, D, E)):
+        tracker.adopted(node, Lsn(150 + number))
+    assert tracker.held_everywhere is None
+    tracker.adopted(F, Lsn(20))
+    assert tracker.held_everywhere == 20
+    tracker.acked(F, Lsn(160))
+    assert tracker.held_everywhere == 150
+
+
+def test_the_log_is_taken_over_from_a_segment_that_dropped_its_beginning() -> None:
+    long = segment((1, 0), (2, 100), scl=500)
+    short = replace(long, vdl=Lsn(450)).trim(Lsn(400))
+    answers = fenced(3, A=long, B=short, C=replace(short, scl=Lsn(510)), D=long)
+    plan = plan_recovery(SIX_WAY, Epoch(3), answers, Lsn(490))
+    assert (plan.source, plan.end) == (C, 490)
+    assert [state.adopt(Epoch(3), plan.lineage).start for state in answers.values()] == [
+        *(0, 400, 400, 0)
+    ]
 
 
 def test_the_vdl_never_shrinks() -> None:

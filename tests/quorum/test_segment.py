@@ -103,6 +103,29 @@ def test_a_lineage_of_somebody_else_is_refused() -> None:
         segment((1, 100), scl=150).adopt(Epoch(2), Lineage.of([(1, 50), (2, 150)]))
 
 
+# --- trim
+
+
+def test_the_log_is_kept_from_a_later_start_on() -> None:
+    state = segment((1, 0), scl=150, vdl=120)
+    after = state.trim(Lsn(100))
+    assert (after.start, after.scl, after.vdl) == (100, 150, 120)
+    assert after.trim(Lsn(100)) is after
+    assert after.trim(Lsn(40)) is after
+    assert after.append(Epoch(1), Lsn(150), 5, Lsn(0)).state.start == 100
+
+
+def test_what_a_new_writer_may_cut_is_never_dropped() -> None:
+    state = segment((1, 0), scl=150, vdl=120)
+    with pytest.raises(Internal, match="only known to be durable"):
+        state.trim(Lsn(121))
+    trimmed = state.trim(Lsn(120))
+    cut = trimmed.adopt(Epoch(2), Lineage.of([(1, 0), (2, 120)]))
+    assert (cut.start, cut.scl) == (120, 120)
+    with pytest.raises(Internal, match="before this log starts"):
+        trimmed.adopt(Epoch(2), Lineage.of([(1, 0), (2, 119)]))
+
+
 # --- append
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from boreal.errors import Internal, QuorumUnavailable
-from boreal.quorum import Accepted, Lineage, RecoveryPlan, SegmentState
+from boreal.quorum import Accepted, DurabilityTracker, Lineage, RecoveryPlan, SegmentState
 from boreal.types import Epoch, Lsn, NodeName
 from tests.quorum.parts import Rules, Violation
 from tests.quorum.simulator import run_seed
@@ -101,14 +101,14 @@ class AppendWithoutAdopting(Rules):
         state.check_epoch(epoch)
         own = replace(state, promised=state.lineage.last.epoch)
         accepted = own.append(state.lineage.last.epoch, at, length, vdl)
-        return replace(accepted, state=replace(accepted.state, promised=state.promised))
+        return accepted._replace(state=replace(accepted.state, promised=state.promised))
 
 
 class AppendDespitePromise(Rules):
     def append(self, state: SegmentState, epoch: Epoch, at: Lsn, length: int, vdl: Lsn) -> Accepted:
         own = replace(state, promised=state.lineage.last.epoch)
         accepted = own.append(epoch, at, length, vdl)
-        return replace(accepted, state=replace(accepted.state, promised=state.promised))
+        return accepted._replace(state=replace(accepted.state, promised=state.promised))
 
 
 class AdoptKeepsTheTail(Rules):
@@ -153,27 +153,61 @@ class ReadersBelievedAnywhere(Rules):
         return replace(state, vdl=max(state.vdl, min(end, state.scl)))
 
 
+class TrimWhatIsDurable(Rules):
+    """Four copies are enough to forget it, and too few for the two nodes that never had it."""
+
+    def floor(self, tracker: DurabilityTracker) -> Lsn | None:
+        return tracker.vdl
+
+
+class TrimWithoutTheSilent(Rules):
+    """As if a node that has not reported to this writer did not exist."""
+
+    def floor(self, tracker: DurabilityTracker) -> Lsn | None:
+        return min([tracker.vdl, *tracker.scls.values()])
+
+
+class TrimInsideARecord(Rules):
+    """A node may lose the beginning of a record with its power, though it acknowledged it."""
+
+    floor_at_record_end = False
+
+
+class TrimAllThatIsHere(Rules):
+    def trim(self, state: SegmentState, floor: Lsn) -> SegmentState:
+        return replace(state, start=state.scl)
+
+
+class TrimDropsFirst(Rules):
+    trim_says_so_first = False
+
+
 @pytest.mark.parametrize(
     ("wrong", "likely_seed"),
     [
-        (SourceByScl, 844),
-        (SourceByLastEntry, 4),
+        (SourceByScl, 441),
+        (SourceByLastEntry, 20),
         (SourceByPromise, 0),
-        (FenceOnlyTwo, 5),
+        (FenceOnlyTwo, 4),
         (CreatedUnderNewestEpoch, 12),
-        (CountWhoHasNotAdopted, 2),
-        (CountBelowTheStart, 0),
+        (CountWhoHasNotAdopted, 24),
+        (CountBelowTheStart, 1),
         (ServeBeforeItIsCarriedOut, 0),
-        (AppendWithoutAdopting, 25),
+        (AppendWithoutAdopting, 4),
         (AppendDespitePromise, 1),
-        (AdoptKeepsTheTail, 0),
+        (AdoptKeepsTheTail, 1),
         (AdoptCutsAtNewStart, 1),
-        (AdoptRecordsBeforeItCuts, 74),
-        (PromiseForgotten, 17),
-        (CatchUpWhileFenced, 176),
-        (CatchUpAcrossLineages, 176),
-        (PeerServesAnyone, 2),
-        (ReadersBelievedAnywhere, 274),
+        (AdoptRecordsBeforeItCuts, 56),
+        (PromiseForgotten, 6),
+        (CatchUpWhileFenced, 448),
+        (CatchUpAcrossLineages, 303),
+        (PeerServesAnyone, 6),
+        (ReadersBelievedAnywhere, 386),
+        (TrimWhatIsDurable, 2),
+        (TrimWithoutTheSilent, 2),
+        (TrimInsideARecord, 16),
+        (TrimAllThatIsHere, 2),
+        (TrimDropsFirst, 5),
     ],
 )
 def test_a_wrong_rule_is_noticed(wrong: type[Rules], likely_seed: int) -> None:

@@ -81,6 +81,12 @@ class NodeProcess:
         assert not self._process_ended(), self.output
 
     @property
+    def pid(self) -> int:
+        """Of its log process, which must run."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def output(self) -> str:
         """What it logged."""
         return self._output.read_text()[-4000:]
@@ -184,7 +190,11 @@ class LogClient:
 
     async def append(self, epoch: int, at: int, data: bytes, vdl: int = 0) -> Lsn:
         """One append over a stream of its own; the SCL it acknowledges."""
-        call = self.stub.Append(iter([self.request(epoch, at, data, vdl)]), timeout=10)
+        return await self.send(self.request(epoch, at, data, vdl))
+
+    async def send(self, request: storage_pb2.AppendRequest) -> Lsn:
+        """The same of a request that is made already."""
+        call = self.stub.Append(iter([request]), timeout=10)
         with calling("node", "Append"):
             return ack(await anext(aiter(call)))
 

@@ -10,18 +10,21 @@ from pathlib import Path
 from boreal.rpc import storage_pb2
 from boreal.rpc.edge import fork_to_wire, volume_ref
 from boreal.types import PAGE_BYTES, Epoch, Fork, Lsn, NodeName, VolumeId
-from storage_node.config import StorageConfig
+from boreal.wal.touches import EVERY_RECORD_PARSED, PLAIN_RECORDS
+from storage_node.compaction import Compaction
+from storage_node.config import CHAIN_RECORDS, RETAIN_LOG_BYTES, StorageConfig
 from storage_node.index import PageIndex
 from storage_node.ingest import Ingest
 from storage_node.materialize import Materializer
 from storage_node.page_store import PageStore
+from storage_node.redo import Redo
 from storage_node.redo.after_image import AfterImageRedo
+from storage_node.retire import Retirement
 from storage_node.segment import Segment, VolumeFacts
 from tests.storage_node.recorded_run import RecordedRun
 
 VOLUME = VolumeId("volume-1")
 EPOCH = Epoch(1)
-BOOT = "this boot"
 _MESSAGE_BYTES = 32 * PAGE_BYTES
 _APPEND_BYTES = 1 << 20
 WAIT_S = 60.0
@@ -100,20 +103,56 @@ def fill_store(directory: Path, run: RecordedRun) -> PageStore:
 class Indexed:
     """A volume's parts, put together in this process."""
 
-    def __init__(self, segment: Segment, store: PageStore) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        store: PageStore,
+        *,
+        redo: Redo | None = None,
+        retain_bytes: int = RETAIN_LOG_BYTES,
+        chain_records: int = CHAIN_RECORDS,
+    ) -> None:
+        """Without `redo` pages are made of after-images, and each record is taken apart."""
         self.segment = segment
         self.store = store
-        redo = AfterImageRedo()
         assert store.imported is not None
-        self.index = PageIndex.open(segment.layout.pages / "index", store.imported, BOOT)
+        shared = segment.shared
+        self.index = PageIndex.open(
+            segment.layout.pages / "index",
+            store.imported,
+            log_start=shared.start,
+            retain_bytes=retain_bytes,
+            chain_records=chain_records,
+        )
         self.ingest = Ingest(
-            volume=VOLUME, index=self.index, log=segment.reader, shared=segment.shared, redo=redo
+            volume=VOLUME,
+            index=self.index,
+            log=segment.reader,
+            shared=shared,
+            redo=redo or AfterImageRedo(),
+            plain=EVERY_RECORD_PARSED if redo is None else PLAIN_RECORDS,
         )
         self.materializer = Materializer(
             imported_page=store.page,
             read_log=lambda at, length: segment.reader.read(at, Lsn(at + length)),
-            redo=redo,
+            redo=redo or AfterImageRedo(),
         )
+        self.retirement = Retirement(
+            index=self.index,
+            materializer=self.materializer,
+            floor=lambda: shared.floor,
+            retain_bytes=retain_bytes,
+        )
+        self.compaction = Compaction(
+            volume=VOLUME,
+            index=self.index,
+            materializer=self.materializer,
+            shared=shared,
+            retirement=self.retirement,
+            chain_records=chain_records,
+            on_sealed=self.ingest.wake,
+        )
+        self.ingest.on_work = self.compaction.wake
 
     def close(self) -> None:
         self.index.close()
@@ -123,10 +162,14 @@ class Indexed:
 
 @asynccontextmanager
 async def running(indexed: Indexed) -> AsyncIterator[Ingest]:
-    """Let the ingest run."""
-    task = asyncio.create_task(indexed.ingest.run())
+    """Let the ingest and the work in the background run."""
+    tasks = [
+        asyncio.create_task(indexed.ingest.run()),
+        asyncio.create_task(indexed.compaction.run()),
+    ]
     try:
         yield indexed.ingest
     finally:
-        task.cancel()
-        await asyncio.wait([task])
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)

@@ -9,8 +9,8 @@ import pytest
 
 from boreal.errors import CorruptData, MalformedRequest, NoBundle, OversizeRequest
 from boreal.rpc import storage_pb2
-from boreal.types import Lsn
-from storage_node.bundles import KEPT_MANIFESTS, MAX_CONTENT_BYTES, BundleStore
+from boreal.types import KEPT_BUNDLES, Lsn
+from storage_node.bundles import MAX_CONTENT_BYTES, BundleStore
 
 
 @pytest.fixture
@@ -69,12 +69,28 @@ def test_the_newest_manifest_at_or_below_the_bound(store: BundleStore) -> None:
 def test_old_manifests_and_what_only_they_name_are_collected(store: BundleStore) -> None:
     kept = put(store, b"in all")
     own = []
-    for end in range(1, KEPT_MANIFESTS + 3):
+    for end in range(1, KEPT_BUNDLES + 3):
         own.append(put(store, b"%d" % end))
         store.put_manifest(manifest(end, kept, own[-1]))
     assert store.missing([kept, *own]) == own[:2]
     with pytest.raises(NoBundle):
         store.manifest(Lsn(2))
+
+
+def test_the_oldest_kept_bundle_says_where_replay_may_start(
+    store: BundleStore, tmp_path: Path
+) -> None:
+    assert store.oldest_redo == 0
+    for end in range(10, 10 * (KEPT_BUNDLES + 3), 10):
+        bundle = manifest(end)
+        bundle.redo_lsn = end - 3
+        store.put_manifest(bundle)
+        kept = max(10, end - 10 * (KEPT_BUNDLES - 1))
+        assert store.oldest_redo == kept - 3
+        assert BundleStore(tmp_path / "bundles").oldest_redo == kept - 3
+    for path in (tmp_path / "bundles" / "manifests").iterdir():
+        path.write_bytes(b"damaged")
+    assert BundleStore(tmp_path / "bundles").oldest_redo == 0
 
 
 def test_a_manifest_needs_its_contents(store: BundleStore) -> None:

@@ -12,7 +12,7 @@ import pytest_asyncio
 from boreal.errors import StaleEpoch
 from boreal.quorum import Lineage, SegmentState
 from boreal.types import WAL_SEGMENT_BYTES, Epoch, Lsn, NodeName
-from storage_node.catch_up import MAX_PULL_BYTES, PeerPosition, Pull, TakeLineage, decide
+from storage_node.catch_up import MAX_PULL_BYTES, PeerPosition, Pull, Stranded, TakeLineage, decide
 from tests.storage_node.node_process import LogClient, NodeProcess, fake_control, log_client
 
 START = Lsn(WAL_SEGMENT_BYTES)
@@ -32,9 +32,17 @@ def own(lineage: Lineage, scl: int, promised: int | None = None) -> SegmentState
     )
 
 
-def peer(lineage: Lineage, scl: int, promised: int | None = None) -> PeerPosition:
+def peer(
+    lineage: Lineage, scl: int, promised: int | None = None, *, start: int = 0
+) -> PeerPosition:
     state = own(lineage, scl, promised)
-    return PeerPosition(promised=state.promised, lineage=lineage, scl=state.scl, vdl=START)
+    return PeerPosition(
+        promised=state.promised,
+        lineage=lineage,
+        start=Lsn(START + start),
+        scl=state.scl,
+        vdl=START,
+    )
 
 
 def pull(name: NodeName, start: int, end: int) -> Pull:
@@ -52,6 +60,15 @@ def test_the_peer_that_has_most_of_the_same_lineage() -> None:
 
 def test_a_pull_is_bounded() -> None:
     assert decide(own(ONE, 0), {A: peer(ONE, MAX_PULL_BYTES + 5)}) == pull(A, 0, MAX_PULL_BYTES)
+
+
+def test_only_from_those_whose_log_reaches_down_far_enough() -> None:
+    peers = {A: peer(TWO, 70, start=60), B: peer(TWO, 90, start=61)}
+    assert decide(own(TWO, 60), peers) == pull(A, 60, 70)
+    assert decide(own(TWO, 61), peers) == pull(B, 61, 90)
+    assert decide(own(TWO, 60), peers, avoid={A}) == pull(A, 60, 70)
+    assert decide(own(TWO, 59), peers) == Stranded(start=Lsn(START + 60))
+    assert decide(own(TWO, 59), {A: peer(ONE, 90), B: peer(TWO, 59)}) is None
 
 
 def test_never_from_or_into_a_fenced_segment() -> None:

@@ -19,7 +19,8 @@ from boreal.errors import CorruptData, CorruptWal, NotMaterializable
 from boreal.pages.layout import PageHeader, is_zero, page_lsn
 from boreal.pages.masks import PageKind, mask_page
 from boreal.types import PAGE_BYTES, BlockNumber, Fork, Lsn, PageKey, RelationFork
-from storage_node.index import IndexView, Kind
+from storage_node.entries import Kind, kind_of, start_of
+from storage_node.index import IndexView
 from storage_node.page_store import PageStore
 from tests.storage_node.page_volume_kit import (
     WAIT_S,
@@ -152,7 +153,7 @@ async def test_the_run_exercises_what_it_should(
             listed.append(set(view.relations(snapshot.lsn)))
             for fork in listed[-1]:
                 page = PageKey(fork, BlockNumber(0))
-                kinds |= {entry.kind for entry in view.history(page, Lsn(0), snapshot.lsn)}
+                kinds |= {kind_of(entry) for entry in view.entries(page, 0, snapshot.lsn)}
     assert kinds >= {Kind.BASE, Kind.UNKNOWN, Kind.MAP_CLEAR, Kind.MAP_CUT}
     for earlier, later in itertools.pairwise(listed):
         assert later - earlier, "no relation was made"
@@ -201,8 +202,8 @@ async def test_a_flipped_bit_in_the_log_is_never_served(
             if relation.name == "postgres.dup"
         )
         page = PageKey(fork, BlockNumber(0))
-        entry = next(view.history(page, Lsn(0), lsn))
-        _flip_log_byte(segment.layout.log, recorded_run, Lsn((entry.start + entry.end) // 2))
+        entry = view.entries(page, 0, lsn)[-1]
+        _flip_log_byte(segment.layout.log, recorded_run, Lsn(start_of(entry) + 60))
         segment.reader._forget(segment.shared.generation)  # what it has in memory was sound
         with pytest.raises(CorruptWal):
             parts.materializer.page(view, page, lsn)

@@ -6,10 +6,12 @@ Method: the real process, killed with SIGKILL in the middle of its work.
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -33,7 +35,7 @@ from tests.storage_node.page_volume_kit import (
     storage_config,
     tell_vdl,
 )
-from tests.storage_node.recorded_run import RecordedRun
+from tests.storage_node.recorded_run import RecordedRun, Snapshot
 
 
 @pytest.fixture
@@ -104,6 +106,62 @@ async def test_killed_in_the_middle_of_its_work_it_continues(
         assert images.pages[at : at + 8] == last.files[fork][at : at + 8]
     assert killed_at < last.lsn, "it was killed too late to prove anything"
     segment.close()
+
+
+async def test_killed_while_it_retires_log_it_continues(
+    tmp_path: Path, recorded_run: RecordedRun
+) -> None:
+    """SIGKILL again and again, at any moment of sealing, storing and retiring."""
+    config = replace(
+        storage_config(tmp_path, free_ports(1)[0]), retain_log_bytes=4 << 20, chain_records=8
+    )
+    segment = make_segment(config, recorded_run)
+    last = recorded_run.snapshots[-1]
+    append(segment, recorded_run, last.lsn)
+    with _running(config):
+        await _import(config, recorded_run)
+    segment.shared.floor = last.lsn
+    chance = random.Random(4)
+    for _ in range(8):
+        with _running(config) as process:
+            before = segment.shared.retired
+            retired = Lsn(before + chance.randrange(2 << 20))
+            wait_s = chance.random() * 3
+            async with _client(config) as stub:
+                request = storage_pb2.GetIndexStateRequest(volume=volume_ref(VOLUME, EPOCH))
+                await stub.GetIndexState(request, timeout=WAIT_S, wait_for_ready=True)
+            with suppress(AssertionError):
+                wait_until(
+                    lambda goal=retired: segment.shared.retired > goal,  # type: ignore[misc]
+                    timeout_s=wait_s,
+                    otherwise=AssertionError,
+                )
+            os.kill(process.pid, 9)
+            _wait(lambda gone=process: gone.poll() is not None)  # type: ignore[misc]
+    with _running(config):
+        _wait(lambda: segment.shared.floor - segment.shared.retired <= 5 << 20)
+        async with _client(config) as stub:
+            for number in (1259, 1249, 1255, 2662):
+                fork = RelationFork(1663, 5, number, Fork.MAIN)
+                if fork in last.files:
+                    await _same_lsns(stub, fork, last)
+    segment.close()
+
+
+async def _same_lsns(
+    stub: storage_pb2_grpc.StoragePagesAsyncStub, fork: RelationFork, snapshot: Snapshot
+) -> None:
+    request = storage_pb2.GetPagesRequest(
+        volume=volume_ref(VOLUME, EPOCH),
+        fork=fork_to_wire(fork),
+        count=len(snapshot.files[fork]) // PAGE_BYTES,
+        lsn=snapshot.lsn,
+    )
+    pages = b"".join([images.pages async for images in stub.GetPages(request, timeout=WAIT_S)])
+    wanted = snapshot.files[fork]
+    assert len(pages) == len(wanted)
+    for at in range(0, len(pages), PAGE_BYTES):
+        assert pages[at : at + 8] == wanted[at : at + 8], f"{fork}:{at // PAGE_BYTES}"
 
 
 async def test_it_ends_when_asked(config: StorageConfig, recorded_run: RecordedRun) -> None:

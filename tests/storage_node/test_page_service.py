@@ -17,6 +17,7 @@ import pytest
 
 from boreal import errors
 from boreal.errors import BorealError
+from boreal.pages import digest_pages
 from boreal.rpc import storage_pb2, storage_pb2_grpc
 from boreal.rpc.edge import calling, fork_to_wire, make_server, open_channel, volume_ref
 from boreal.types import PAGE_BYTES, Epoch, Fork, Lsn, RelationFork, VolumeId
@@ -25,7 +26,6 @@ from storage_node.page_service import PageService
 from storage_node.page_volume import PageVolumes
 from storage_node.segment import Segment
 from tests.storage_node.page_volume_kit import (
-    BOOT,
     EPOCH,
     VOLUME,
     WAIT_S,
@@ -78,6 +78,19 @@ class Node:
         with calling("sn-1", "GetPages"):
             return [images async for images in self.stub.GetPages(request, timeout=timeout_s)]
 
+    async def digest(self, lsn: int, *ranges: tuple[RelationFork, int, int]) -> bytes:
+        request = storage_pb2.DigestPagesRequest(
+            volume=volume_ref(VOLUME, EPOCH),
+            lsn=lsn,
+            ranges=(
+                storage_pb2.PageRange(fork=fork_to_wire(fork), first_block=first, count=count)
+                for fork, first, count in ranges
+            ),
+        )
+        with calling("sn-1", "DigestPages"):
+            answer: storage_pb2.PageDigest = await self.stub.DigestPages(request, timeout=WAIT_S)
+        return answer.sha256
+
     async def relations(self, lsn: int) -> dict[tuple[int, int, int, int], int]:
         request = storage_pb2.ListRelationsRequest(volume=volume_ref(VOLUME, EPOCH), lsn=lsn)
         found = {}
@@ -101,7 +114,7 @@ async def _serving(config: StorageConfig) -> AsyncIterator[Node]:
     server = make_server()
     port = server.add_insecure_port("127.0.0.1:0")
     async with asyncio.TaskGroup() as tasks:
-        volumes = PageVolumes(config, tasks, BOOT)
+        volumes = PageVolumes(config, tasks)
         storage_pb2_grpc.add_StoragePagesServicer_to_server(PageService(volumes), server)
         await server.start()
         channel = open_channel(f"127.0.0.1:{port}")
@@ -148,7 +161,47 @@ async def test_pages_come_as_of_their_lsn(
     assert not any(fork == Fork.FSM for *_, fork in sizes)
     state = await node.state()
     assert state.indexed_lsn <= state.log_scl == snapshot.lsn
-    assert state.failure == ""
+    assert state.lag_bytes == snapshot.lsn - state.indexed_lsn
+    assert state.retired_lsn == state.lowest_lsn == recorded_run.import_lsn
+    assert state.failure == state.held == ""
+
+
+async def test_a_digest_is_that_of_the_pages(
+    node: Node, segment: Segment, recorded_run: RecordedRun
+) -> None:
+    await node.import_pages(import_messages(recorded_run))
+    lsn = recorded_run.snapshots[0].lsn
+    other = PG_CLASS._replace(relation=1249)
+
+    async def told(fork: RelationFork, first: int, count: int) -> list[bytes | None]:
+        return [
+            images.pages[n * PAGE_BYTES : (n + 1) * PAGE_BYTES] if exists else None
+            for images in await node.pages(lsn, fork, first, count)
+            for n, exists in enumerate(images.exists)
+        ]
+
+    pages = await told(PG_CLASS, 0, 200)
+    assert None in pages
+    assert await node.digest(lsn, (PG_CLASS, 0, 200)) == digest_pages(pages)
+    pieces = (PG_CLASS, 2, 3), (other, 0, 150)
+    both = [page for piece in pieces for page in await told(*piece)]
+    assert await node.digest(lsn, *pieces) == digest_pages(both)
+    assert await node.digest(lsn, *reversed(pieces)) != digest_pages(both)
+    assert digest_pages([None]) != digest_pages([bytes(PAGE_BYTES)]) != digest_pages([])
+
+
+async def test_bad_digest_requests_are_refused(
+    node: Node, segment: Segment, recorded_run: RecordedRun
+) -> None:
+    await node.import_pages(import_messages(recorded_run))
+    for ranges, refusal in (
+        ([], errors.MalformedRequest),
+        ([(PG_CLASS, 0, 0)], errors.MalformedRequest),
+        ([(PG_CLASS, 0xFFFFFFFF, 1)], errors.MalformedRequest),
+        ([(PG_CLASS, 0, 1000), (PG_CLASS, 0, 25)], errors.OversizeRequest),
+    ):
+        with pytest.raises(refusal):
+            await node.digest(recorded_run.import_lsn, *ranges)
 
 
 async def test_a_read_waits_for_its_lsn(
