@@ -72,7 +72,6 @@ class VolumeFacts:
     system_identifier: int
     start: Lsn
     """Where its log began. What is kept of it may begin later: SegmentState.start."""
-    materialize: bool
 
 
 class _Stored(NamedTuple):
@@ -90,7 +89,6 @@ def _encode_state(facts: VolumeFacts, state: SegmentState) -> bytes:
         {
             "system_identifier": facts.system_identifier,
             "start": facts.start,
-            "materialize": facts.materialize,
             "kept_from": state.start,
             "promised": state.promised,
             "lineage": state.lineage.entries,
@@ -105,11 +103,7 @@ def _decode_state(data: bytes, path: Path) -> _Stored:
     if crc != b"%08x" % value(body):
         raise CorruptData(f"{path} does not match its checksum; rebuild this segment from a peer")
     fields = json.loads(body)
-    facts = VolumeFacts(
-        system_identifier=fields["system_identifier"],
-        start=Lsn(fields["start"]),
-        materialize=fields["materialize"],
-    )
+    facts = VolumeFacts(system_identifier=fields["system_identifier"], start=Lsn(fields["start"]))
     return _Stored(
         facts=facts,
         promised=Epoch(fields["promised"]),
@@ -153,7 +147,6 @@ class Segment:
             self.shared = SharedState.create(layout.shared)
         # What log may be dropped is to be said anew: the file may be older than what it tells of.
         self.shared.pgmrpl = self.shared.floor = self.shared.retired = Lsn(0)
-        self.shared.materialize = self.facts.materialize
         self.shared.generation = (self.shared.generation | 1) + 1
         self._publish()
         self.reader = LogReader(layout.root)
@@ -271,9 +264,7 @@ class Segment:
         That the log begins later is durable on return, and readers are told; a segment that a kept
         bundle is replayed from stays whole, for PostgreSQL asks for WAL from a segment's start.
         """
-        floor = self.shared.floor
-        retired = self.shared.retired if self.facts.materialize else floor
-        start = wal_segment_start(min(floor, retired, self.state.vdl))
+        start = wal_segment_start(min(self.shared.floor, self.shared.retired, self.state.vdl))
         if start <= self.state.start:
             return []
         self._make_durable(self.state.trim(start))
@@ -282,9 +273,7 @@ class Segment:
 
     @property
     def index_lag_bytes(self) -> int:
-        """Log that is here and not yet in the page index; 0 if no pages are made of it."""
-        if not self.facts.materialize:
-            return 0
+        """Log that is here and not yet in the page index."""
         return max(0, self.state.scl - max(self.shared.indexed, self.state.start))
 
     def ack_delay_s(self, pressure: Pressure, append_bytes: int) -> float:

@@ -45,13 +45,9 @@ def storage_config(data_dir: Path, pages_port: int = 0) -> StorageConfig:
     )
 
 
-def make_segment(
-    config: StorageConfig, run: RecordedRun, *, volume: VolumeId = VOLUME, materialize: bool = True
-) -> Segment:
+def make_segment(config: StorageConfig, run: RecordedRun, *, volume: VolumeId = VOLUME) -> Segment:
     """The empty segment of a volume."""
-    facts = VolumeFacts(
-        system_identifier=run.system_identifier, start=run.wal_start, materialize=materialize
-    )
+    facts = VolumeFacts(system_identifier=run.system_identifier, start=run.wal_start)
     return Segment.create(config.volume(volume), EPOCH, facts)
 
 

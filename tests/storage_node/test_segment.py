@@ -29,7 +29,7 @@ from storage_node.volumes import Volumes
 from tests.storage_node.segment_kit import change, new_segment, reopened
 
 START = Lsn(7 * WAL_SEGMENT_BYTES)
-FACTS = VolumeFacts(system_identifier=42, start=START, materialize=True)
+FACTS = VolumeFacts(system_identifier=42, start=START)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_the_vdl_is_told_to_the_page_process(segment: Segment) -> None:
     segment.flush()
     shared = SharedState(segment.layout.shared)
     assert (shared.start, shared.scl, shared.vdl) == (START, START + 100, START + 40)
-    assert (shared.promised, shared.materialize) == (1, False)
+    assert shared.promised == 1
     segment.stage(1, START + 100, b"", START + 100)
     segment.flush()
     assert shared.vdl == START + 100
@@ -197,9 +197,7 @@ def test_volumes_are_made_once_found_again_and_dropped(config: StorageConfig) ->
     made = volumes.create(volume, Epoch(1), FACTS)
     assert volumes.create(volume, Epoch(1), FACTS) is made
     with pytest.raises(VolumeMismatch):
-        volumes.create(
-            volume, Epoch(1), VolumeFacts(system_identifier=43, start=START, materialize=True)
-        )
+        volumes.create(volume, Epoch(1), VolumeFacts(system_identifier=43, start=START))
     made.fence(Epoch(3))
     volumes.close()
 
@@ -235,6 +233,6 @@ def test_one_broken_volume_does_not_hide_the_others(config: StorageConfig) -> No
 
 @pytest.mark.parametrize("start", [0, 1, WAL_SEGMENT_BYTES + 8192])
 def test_a_log_starts_at_a_wal_segment(config: StorageConfig, start: int) -> None:
-    facts = VolumeFacts(system_identifier=1, start=Lsn(start), materialize=False)
+    facts = VolumeFacts(system_identifier=1, start=Lsn(start))
     with pytest.raises(MalformedRequest):
         Volumes(config).create(VolumeId("v"), Epoch(1), facts)
