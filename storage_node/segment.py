@@ -74,7 +74,7 @@ class VolumeFacts:
     """Where its log began. What is kept of it may begin later: SegmentState.start."""
 
 
-class _Stored(NamedTuple):
+class StoredState(NamedTuple):
     """What the state file says. Where the log ends, the log itself says."""
 
     facts: VolumeFacts
@@ -98,19 +98,24 @@ def _encode_state(facts: VolumeFacts, state: SegmentState) -> bytes:
     return b"%08x %s\n" % (value(body), body)
 
 
-def _decode_state(data: bytes, path: Path) -> _Stored:
-    crc, _, body = data.rstrip(b"\n").partition(b" ")
+def read_state(path: Path) -> StoredState:
+    """What a state file says. CorruptData if it cannot be trusted or understood, OSError."""
+    crc, _, body = path.read_bytes().rstrip(b"\n").partition(b" ")
     if crc != b"%08x" % value(body):
         raise CorruptData(f"{path} does not match its checksum; rebuild this segment from a peer")
-    fields = json.loads(body)
-    facts = VolumeFacts(system_identifier=fields["system_identifier"], start=Lsn(fields["start"]))
-    return _Stored(
-        facts=facts,
-        promised=Epoch(fields["promised"]),
-        lineage=Lineage.of(fields["lineage"]),
-        kept_from=Lsn(fields["kept_from"]),
-        vdl=Lsn(fields["vdl"]),
-    )
+    try:
+        fields = json.loads(body)
+        return StoredState(
+            facts=VolumeFacts(
+                system_identifier=fields["system_identifier"], start=Lsn(fields["start"])
+            ),
+            promised=Epoch(fields["promised"]),
+            lineage=Lineage.of(fields["lineage"]),
+            kept_from=Lsn(fields["kept_from"]),
+            vdl=Lsn(fields["vdl"]),
+        )
+    except (ValueError, LookupError, TypeError) as error:
+        raise CorruptData(f"{path} is whole, but makes no sense here: {error!r}") from error
 
 
 class Segment:
@@ -123,7 +128,7 @@ class Segment:
     def __init__(self, layout: VolumeLayout) -> None:
         """Open what is on disk. CorruptData if its state cannot be trusted."""
         self.layout = layout
-        stored = _decode_state(layout.state.read_bytes(), layout.state)
+        stored = read_state(layout.state)
         self.facts, lineage = stored.facts, stored.lineage
         self._log = VolumeLog(layout.log, stored.kept_from, lineage.timelines())
         self.state = SegmentState(

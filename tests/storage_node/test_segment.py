@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import resource
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from google_crc32c import value
 
 from boreal.errors import (
     CorruptData,
@@ -23,7 +25,7 @@ from boreal.errors import (
 from boreal.quorum import Lineage
 from boreal.types import PAGE_BYTES, WAL_SEGMENT_BYTES, Epoch, Lsn, NodeName, VolumeId
 from storage_node.config import StorageConfig
-from storage_node.segment import Segment, VolumeFacts
+from storage_node.segment import Segment, VolumeFacts, read_state
 from storage_node.shared_state import SharedState
 from storage_node.volumes import Volumes
 from tests.storage_node.segment_kit import change, new_segment, reopened
@@ -211,6 +213,22 @@ def test_volumes_are_made_once_found_again_and_dropped(config: StorageConfig) ->
         volumes.find("v-1")
     assert not list(Volumes(config))
     assert not list(config.volumes_dir.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["vdl", "lineage", "system_identifier"])
+def test_a_state_of_another_version_is_read_or_refused(segment: Segment, missing: str) -> None:
+    fields = json.loads(segment.layout.state.read_bytes()[9:])
+
+    def write(content: dict[str, object]) -> None:
+        body = json.dumps(content).encode()
+        segment.layout.state.write_bytes(b"%08x %s\n" % (value(body), body))
+
+    write({**fields, "materialize": False})
+    assert read_state(segment.layout.state).kept_from == START
+    del fields[missing]
+    write(fields)
+    with pytest.raises(CorruptData, match=missing):
+        read_state(segment.layout.state)
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", ".new-x", "x" * 64, "a\0b"])
