@@ -25,6 +25,7 @@ from boreal.types import (
     wal_segment_start,
 )
 from compute_node.postgres import AFTER_IMAGES
+from tests.support.page_kinds import kind_of_relation
 from tests.support.stock_postgres import StockPostgres, stock_postgres
 
 SETTINGS = {
@@ -35,16 +36,6 @@ SETTINGS = {
 }
 _DEFAULT_TABLESPACE, _GLOBAL_TABLESPACE = 1663, 1664
 _SUFFIXES = {"": Fork.MAIN, "fsm": Fork.FSM, "vm": Fork.VM, "init": Fork.INIT}
-_METHODS = {
-    "btree": PageKind.BTREE,
-    "hash": PageKind.HASH,
-    "gin": PageKind.GIN,
-    "gist": PageKind.GIST,
-    "spgist": PageKind.SPGIST,
-    "brin": PageKind.BRIN,
-    "hnsw": PageKind.GENERIC,
-    "ivfflat": PageKind.GENERIC,
-}
 
 Files = dict[RelationFork, bytes]
 
@@ -124,7 +115,7 @@ def _catalog(server: StockPostgres) -> dict[tuple[int, int, int], Relation]:
         for name, number, kind, persistence, method, database in server.run(
             _CATALOG, database=database_name
         ):
-            page_kind = PageKind.SEQUENCE if kind == "S" else _METHODS.get(method, PageKind.HEAP)
+            page_kind = kind_of_relation(kind, method)
             tablespace = _DEFAULT_TABLESPACE if database else _GLOBAL_TABLESPACE
             found[tablespace, database, number] = Relation(
                 name=f"{database_name}.{name}", kind=page_kind, unlogged=persistence == "u"
