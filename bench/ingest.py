@@ -108,7 +108,7 @@ class _Volume:
     def __init__(self, home: Path, wal: PgbenchWal) -> None:
         self.wal = wal
         self.layout = VolumeLayout(root=home / "volume")
-        facts = VolumeFacts(system_identifier=1, start=wal.start, materialize=True)
+        facts = VolumeFacts(system_identifier=1, start=wal.start)
         self.segment = Segment.create(self.layout, Epoch(1), facts)
         for at in range(0, len(wal.data), _APPEND_BYTES):
             piece = wal.data[at : at + _APPEND_BYTES]

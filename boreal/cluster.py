@@ -8,7 +8,7 @@ import random
 import secrets
 import socket
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from boreal.errors import BadUsage
@@ -50,8 +50,6 @@ class ClusterConfig:
     agent_port: int
     storage: tuple[StorageEntry, ...]
     master_password: str
-    ship_only: bool = False
-    """Storage keeps the log but makes no pages. A mode of the bench."""
     retain_log_mib: int | None = None
     """How much log below the floor each storage node keeps; None: what storage nodes think best."""
     cache_bytes: int = 0
@@ -99,6 +97,12 @@ def load(data_dir: Path) -> ClusterConfig:
     try:
         raw = json.loads(path.read_text())
         storage = tuple(StorageEntry(**entry) for entry in raw.pop("storage"))
+        unknown = raw.keys() - {field.name for field in fields(ClusterConfig)}
+        if unknown:
+            raise BadUsage(
+                f"{path} was written by another version of Boreal: this one does not know "
+                f"{', '.join(sorted(unknown))}. Use that version, or another --data-dir"
+            )
         return ClusterConfig(data_dir=data_dir, storage=storage, **raw)
     except FileNotFoundError:
         raise BadUsage(
@@ -113,7 +117,7 @@ def load(data_dir: Path) -> ClusterConfig:
         raise BadUsage(f"{path} is not a cluster file: {error}") from error
 
 
-def create(data_dir: Path, *, postgres_port: int, ship_only: bool) -> ClusterConfig:
+def create(data_dir: Path, *, postgres_port: int) -> ClusterConfig:
     """Settle names, ports and a password for a new cluster. Writes nothing."""
     ports = free_ports(2 + 3 * len(ZONES))
     control_port, agent_port = ports[:2]
@@ -136,7 +140,6 @@ def create(data_dir: Path, *, postgres_port: int, ship_only: bool) -> ClusterCon
         agent_port=agent_port,
         storage=storage,
         master_password=secrets.token_urlsafe(18),
-        ship_only=ship_only,
     )
 
 

@@ -53,7 +53,6 @@ async def serve(config: ComputeConfig) -> None:
     type=click.Path(path_type=Path, exists=True),
     help="Holds the master user's password; used when the volume is created.",
 )
-@click.option("--ship-only", is_flag=True, help="No after-images: ship the log, make no pages.")
 @click.option("--cache-size", type=int, default=0, help="Bytes of pages to keep; 0: no bound.")
 @click.option("--setting", multiple=True, metavar="NAME=VALUE", help="Further PostgreSQL settings.")
 def main(
@@ -64,7 +63,6 @@ def main(
     port: int,
     postgres_port: int,
     password_file: Path,
-    ship_only: bool,
     cache_size: int,
     setting: tuple[str, ...],
 ) -> None:
@@ -79,7 +77,6 @@ def main(
         port=port,
         postgres_port=postgres_port,
         master_password=password_file.read_text().strip(),
-        ship_only=ship_only,
         cache_bytes=cache_size,
         settings=tuple((key, value) for key, _, value in pairs),
     )

@@ -30,8 +30,6 @@ class ComputeConfig:
     """Of the agent's own gRPC service."""
     postgres_port: int
     master_password: str
-    ship_only: bool
-    """Only ship the log; storage does not materialize pages. A mode of the bench."""
     cache_bytes: int = 0
     """Soft bound on the relation files in PGDATA (`compute_node.cache`); 0: none."""
     settings: tuple[tuple[str, str], ...] = ()

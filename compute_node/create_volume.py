@@ -163,7 +163,6 @@ async def create_volume(
         await fleet.create_volume(
             system_identifier=cluster.system_identifier,
             start=start,
-            materialize=not config.ship_only,
         )
         await fleet.import_pages(cluster.end, lambda: base_pages(cluster.path))
         await _ship(volume, Lineage.of([(epoch, start)]), cluster.wal, members)

@@ -266,7 +266,7 @@ class Fleet:
         )
 
     async def create_volume(
-        self, *, system_identifier: int, start: Lsn, materialize: bool = True
+        self, *, system_identifier: int, start: Lsn
     ) -> dict[NodeName, SegmentPosition]:
         """Make the segments of a new volume whose log starts at `start`, a WAL segment boundary.
 
@@ -278,7 +278,6 @@ class Fleet:
                 self._on,
                 system_identifier=system_identifier,
                 start=start,
-                materialize=materialize,
             ),
             needed=self._rule.write,
         )

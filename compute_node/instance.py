@@ -16,7 +16,6 @@ import structlog
 
 from boreal.engine import Engine
 from boreal.errors import (
-    BadUsage,
     BorealError,
     Internal,
     NoBundle,
@@ -62,7 +61,6 @@ _FINAL_BUNDLE_S = 20.0
 _FLOORS_S = 0.3
 _REPLAY_POLL_S = 0.01
 _RETRY_S = 0.2
-_CREATION_EPOCH = Epoch(1)
 
 
 class Instance:
@@ -211,11 +209,6 @@ class Instance:
             except QuorumUnavailable as error:
                 _log.warning("waiting for storage nodes", reason=error.message)
                 await asyncio.sleep(_RETRY_S)
-        if not view.materialize and view.lineage.last.epoch > _CREATION_EPOCH:
-            raise BadUsage(
-                "this volume was made with --ship-only, a mode of the bench: storage kept its log "
-                "but made no pages, so it cannot be served again. Use another --data-dir"
-            )
         self._fleet.follow_lineage(view.lineage.last.epoch)
         self._bundle_end = manifest.end
         written = await bundle.restore(manifest, self._fleet, self._config.pgdata, self._engine)

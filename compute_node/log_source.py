@@ -33,8 +33,6 @@ class LogView:
     """The log as a read quorum of storage nodes tells of it."""
 
     system_identifier: int
-    materialize: bool
-    """Whether storage makes pages of this log."""
     lineage: Lineage
     holders: Mapping[NodeName, Held]
     """What the nodes have that follow the lineage: the only ones to read the log from."""
@@ -53,7 +51,6 @@ def view_log(positions: Mapping[NodeName, SegmentPosition]) -> LogView:
     states = {name: p.state for name, p in positions.items() if p.state.lineage == lineage}
     return LogView(
         system_identifier=newest.system_identifier,
-        materialize=newest.materialize,
         lineage=lineage,
         holders={name: Held(state.start, state.scl) for name, state in states.items()},
     )

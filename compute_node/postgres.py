@@ -70,7 +70,7 @@ def _settings(config: ComputeConfig) -> dict[str, str]:
         # mend it: after a crash everything is rebuilt from storage.
         "restart_after_crash": "off",
         "wal_log_hints": "off",
-        "wal_consistency_checking": "" if config.ship_only else AFTER_IMAGES,
+        "wal_consistency_checking": AFTER_IMAGES,
         # Bundles take the checkpoints that bound recovery; these would only repeat the work.
         "checkpoint_timeout": "30min",
         "max_wal_size": "4GB",

@@ -76,7 +76,6 @@ class SegmentPosition:
 
     state: SegmentState
     system_identifier: int
-    materialize: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,14 +153,12 @@ class StorageClient:
         *,
         system_identifier: int,
         start: Lsn,
-        materialize: bool,
     ) -> SegmentPosition:
         """Make the node's segment of a new volume; idempotent for equal arguments."""
         request = storage_pb2.CreateVolumeRequest(
             volume=volume_ref(*on),
             system_identifier=system_identifier,
             start_lsn=start,
-            materialize=materialize,
         )
         with calling(self.name, "CreateVolume"):
             return _position(await self._log.CreateVolume(request, timeout=self._deadlines.call_s))
@@ -352,7 +349,6 @@ def _position(wire: storage_pb2.Position) -> SegmentPosition:
             vdl=Lsn(wire.vdl),
         ),
         system_identifier=wire.system_identifier,
-        materialize=wire.materialize,
     )
 
 

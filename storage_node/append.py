@@ -41,7 +41,7 @@ class AppendHandler:
         taken = [self._stage(request) for request in requests]
         flushed: dict[Segment, storage_pb2.AppendResponse] = {}
         responses = []
-        delay_s, advanced = 0.0, False
+        delay_s = 0.0
         for outcome in taken:
             if not isinstance(outcome, Segment):
                 responses.append(storage_pb2.AppendResponse(error=error_to_wire(outcome)))
@@ -52,9 +52,8 @@ class AppendHandler:
                 response = flushed[outcome] = self._flush(outcome)
                 appended = outcome.state.scl - before
                 delay_s = max(delay_s, outcome.ack_delay_s(self._pressure, appended))
-                advanced |= outcome.facts.materialize
             responses.append(response)
-        if advanced:
+        if flushed:
             self._on_advance()
         return Answers(responses, delay_s)
 

@@ -61,11 +61,15 @@ class BundleStore:
         """
         if self._oldest_redo is None:
             try:
-                manifests = [_read_manifest(path) for _, path in self._newest_first()]
+                manifests = [read_manifest(path) for path in self.manifest_files()]
             except CorruptData:
                 return Lsn(0)
             self._oldest_redo = _oldest_redo(manifests)
         return self._oldest_redo
+
+    def manifest_files(self) -> list[Path]:
+        """Where the kept manifests are, the newest first."""
+        return [path for _, path in self._newest_first()]
 
     def missing(self, hashes: Iterable[bytes]) -> list[bytes]:
         """Those of the hashes whose content is not stored."""
@@ -106,7 +110,7 @@ class BundleStore:
         """
         for end, path in self._newest_first():
             if not max_end_lsn or end <= max_end_lsn:
-                return _read_manifest(path)
+                return read_manifest(path)
         bound = f" at or below {format_lsn(max_end_lsn)}" if max_end_lsn else ""
         raise NoBundle(f"no bundle{bound} is stored here")
 
@@ -125,9 +129,9 @@ class BundleStore:
 
     def _collect(self) -> None:
         """Remove old manifests, then the contents that no kept one names."""
-        paths = [path for _, path in self._newest_first()]
+        paths = self.manifest_files()
         try:
-            kept = [_read_manifest(path) for path in paths[:KEPT_BUNDLES]]
+            kept = [read_manifest(path) for path in paths[:KEPT_BUNDLES]]
         except CorruptData:
             self._oldest_redo = Lsn(0)
             return  # what it names cannot be known, so nothing may go until it is out of the way
@@ -175,7 +179,8 @@ def _oldest_redo(manifests: Iterable[storage_pb2.BundleManifest]) -> Lsn:
     return Lsn(min((manifest.redo_lsn for manifest in manifests), default=0))
 
 
-def _read_manifest(path: Path) -> storage_pb2.BundleManifest:
+def read_manifest(path: Path) -> storage_pb2.BundleManifest:
+    """One manifest file; CorruptData if it does not match its checksum."""
     data = path.read_bytes()
     crc, body = data[:_CRC_BYTES], data[_CRC_BYTES:]
     if crc != value(body).to_bytes(_CRC_BYTES, "big"):

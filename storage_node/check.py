@@ -24,12 +24,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from boreal.errors import BadUsage, BorealError, CorruptData
 from boreal.types import Lsn, format_lsn
-from storage_node.bundles import BundleStore, _read_manifest
+from storage_node.bundles import BundleStore, read_manifest
 from storage_node.check_log import check_log
 from storage_node.check_pages import check_pages
 from storage_node.check_report import Damage, Report, Watcher
 from storage_node.config import VolumeLayout
-from storage_node.segment import _decode_state
+from storage_node.segment import read_state
 
 _DAMAGED, _NOT_CHECKED = 1, 2
 _MAX_SHOWN = 100
@@ -65,8 +65,8 @@ def check_volume(layout: VolumeLayout, watcher: Watcher) -> Report:
     """Check all that is kept of one volume."""
     report = Report(layout.root.name, watcher)
     try:
-        stored = _decode_state(layout.state.read_bytes(), layout.state)
-    except (BorealError, OSError, ValueError, KeyError, TypeError) as error:
+        stored = read_state(layout.state)
+    except (BorealError, OSError) as error:
         report.damage(
             f"the state file cannot be trusted: {error}",
             "keep this node stopped: what it promised is lost, and it must not vote. Its log and "
@@ -90,9 +90,9 @@ def check_bundles(directory: Path, log_start: Lsn, report: Report) -> None:
     """Check that each bundle has all its contents, as they were, and its log."""
     store = BundleStore(directory)
     seen: set[bytes] = set()
-    for path in sorted((directory / "manifests").iterdir()):
+    for path in store.manifest_files():
         try:
-            manifest = _read_manifest(path)
+            manifest = read_manifest(path)
         except CorruptData as error:
             report.damage(
                 error.message,

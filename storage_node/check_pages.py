@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import lmdb
 
 from boreal.errors import BorealError, CorruptData
 from boreal.types import PAGE_BYTES, BlockNumber, Lsn, PageKey, format_lsn
@@ -17,10 +12,9 @@ from storage_node.check_log import CheckedLog
 from storage_node.check_report import Report
 from storage_node.config import VolumeLayout
 from storage_node.entries import PAGE_KEY_BYTES, page_of_key, start_of
-from storage_node.index import _META, _META_KEY, _U64
+from storage_node.index import StoredIndex, stored_index
 from storage_node.layer_file import SealedLayer, layer_path
 from storage_node.page_store import PageStore
-from storage_node.versions import Version, lsn_of_row
 
 _PROGRESS_PAGES = 1024
 _FROM_PEER = (
@@ -72,42 +66,11 @@ def _check_imports(store: PageStore, remedy: str, report: Report) -> None:
 # --- the index -----------------------------------------------------------------------------------
 
 
-class _Index(NamedTuple):
-    """The index's own account of itself."""
-
-    transaction: Any
-    tables: dict[str, Any]
-    sealed_to: Lsn
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[_Index]:
-    """The index, for reading only; CorruptData if it is none."""
-    try:
-        environment = lmdb.open(str(path), readonly=True, lock=False, create=False, max_dbs=8)
-    except lmdb.Error as error:
-        raise CorruptData(f"the page index in {path} does not open: {error}") from error
-    try:
-        tables = {
-            name: environment.open_db(name.encode(), create=False)
-            for name in ("layers", "versions")
-        }
-        with environment.begin() as transaction:
-            meta = transaction.get(_META_KEY)
-            if meta is None or len(meta) != _META.size:
-                raise CorruptData(f"the page index in {path} does not say what it is")
-            yield _Index(transaction, tables, Lsn(_META.unpack(meta)[2]))
-    except lmdb.Error as error:
-        raise CorruptData(f"the page index in {path} cannot be read: {error}") from error
-    finally:
-        environment.close()
-
-
 def _check_index(path: Path, imported: Lsn, log: CheckedLog, report: Report) -> None:
     if not path.exists() and log.start <= imported:
         return  # it is made from the log at the next start
     try:
-        with _opened(path) as index:
+        with stored_index(path) as index:
             _check_layers(path, index, log, report)
             _check_versions(index, log, report)
     except CorruptData as error:
@@ -115,20 +78,16 @@ def _check_index(path: Path, imported: Lsn, log: CheckedLog, report: Report) -> 
         report.damage(error.message, again if log.start <= imported else _REBUILD)
 
 
-def _check_layers(path: Path, index: _Index, log: CheckedLog, report: Report) -> None:
+def _check_layers(path: Path, index: StoredIndex, log: CheckedLog, report: Report) -> None:
     """Each layer is whole, they follow each other, and each entry names a record of the log."""
-    rows = [
-        (Lsn(_U64.unpack(begin)[0]), Lsn(_U64.unpack(end)[0]))
-        for end, begin in index.transaction.cursor(index.tables["layers"])
-    ]
-    reaches = rows[0][0] if rows else index.sealed_to
+    reaches = index.layers[0][0] if index.layers else index.sealed_to
     if reaches < log.start:
         report.damage(
             f"the page index needs the log from {format_lsn(reaches)}, "
             f"which begins at {format_lsn(log.start)}",
             _REBUILD,
         )
-    for begin, end in rows:
+    for begin, end in index.layers:
         if begin != reaches:
             report.damage(
                 f"the layers of the page index leave out {format_lsn(reaches)} to "
@@ -173,16 +132,15 @@ def _contains(ascending: array[int], number: int) -> bool:
     return at < len(ascending) and ascending[at] == number
 
 
-def _check_versions(index: _Index, log: CheckedLog, report: Report) -> None:
+def _check_versions(index: StoredIndex, log: CheckedLog, report: Report) -> None:
     """Each version is what was stored, and none is ahead of the log."""
     pages = size_bytes = 0
-    for key, stored in index.transaction.cursor(index.tables["versions"]):
-        version = Version(key, Lsn(lsn_of_row(key)), stored)
+    for version in index.versions():
         pages += 1
-        size_bytes += len(stored)
+        size_bytes += len(version.stored)
         if not version.sound or version.lsn > log.end:
             what = "is ahead of the log" if version.sound else "does not match its checksum"
-            page = page_of_key(key[:PAGE_KEY_BYTES])
+            page = page_of_key(version.key[:PAGE_KEY_BYTES])
             report.damage(
                 f"the stored version of {page} at {format_lsn(version.lsn)} {what}",
                 _SERVED_BY_PEERS,

@@ -38,7 +38,7 @@ from storage_node.facts import FACT_TABLES, Facts, FactView, Ground, initial_siz
 from storage_node.layer import LAYER_LOG_BYTES, OpenLayer
 from storage_node.layer_file import SUFFIX, LayerImage, SealedLayer, layer_path
 from storage_node.page_store import MAP_BYTES, Imported
-from storage_node.versions import Version, delete_older, last_version
+from storage_node.versions import Version, delete_older, last_version, lsn_of_row
 
 _LEAST_LAYER_BYTES = 64 * 1024
 _LAYERS_RETAINED = 16
@@ -359,10 +359,7 @@ class PageIndex:
     def _open_layers(self, log_start: Lsn) -> None:
         """Open the layers that count, up to the first damaged one; remove all other files."""
         with self._environment.begin() as transaction:
-            rows = [
-                (Lsn(_U64.unpack(begin)[0]), Lsn(_U64.unpack(end)[0]))
-                for end, begin in transaction.cursor(self.tables.layers)
-            ]
+            rows = _layer_rows(transaction, self.tables.layers)
         opened: list[SealedLayer] = []
         for begin, end in rows:
             try:
@@ -391,6 +388,54 @@ class PageIndex:
                 transaction.delete(_U64.pack(end), db=self.tables.layers)
             self._put_meta(transaction, sealed_to=sealed_to)
         self._sealed_to = sealed_to
+
+
+class StoredIndex:
+    """What the index of a stopped node says of itself, true or not. For the offline check."""
+
+    def __init__(self, path: Path, transaction: Any, *, layers: Any, versions: Any) -> None:
+        """CorruptData if it does not say how far it reaches."""
+        meta = transaction.get(_META_KEY)
+        if meta is None or len(meta) != _META.size:
+            raise CorruptData(f"the page index in {path} does not say what it is")
+        self.sealed_to = Lsn(_META.unpack(meta)[2])
+        """Where the last sealed layer ends."""
+        self.layers = _layer_rows(transaction, layers)
+        """Where each sealed layer begins and ends, the oldest first."""
+        self._versions = transaction.cursor(versions)
+
+    def versions(self) -> Iterator[Version]:
+        """Every stored version, damaged ones too."""
+        for key, stored in self._versions:
+            yield Version(key, Lsn(lsn_of_row(key)), stored)
+
+
+@contextmanager
+def stored_index(path: Path) -> Iterator[StoredIndex]:
+    """The index at `path`, for reading only. CorruptData if it is none."""
+    try:
+        environment = lmdb.open(str(path), readonly=True, lock=False, create=False, max_dbs=8)
+    except lmdb.Error as error:
+        raise CorruptData(f"the page index in {path} does not open: {error}") from error
+    try:
+        tables = {
+            name: environment.open_db(name.encode(), create=False)
+            for name in ("layers", "versions")
+        }
+        with environment.begin() as transaction:
+            yield StoredIndex(path, transaction, **tables)
+    except lmdb.Error as error:
+        raise CorruptData(f"the page index in {path} cannot be read: {error}") from error
+    finally:
+        environment.close()
+
+
+def _layer_rows(transaction: Any, table: Any) -> list[tuple[Lsn, Lsn]]:
+    """Begin and end of each layer that counts, ascending."""
+    return [
+        (Lsn(_U64.unpack(begin)[0]), Lsn(_U64.unpack(end)[0]))
+        for end, begin in transaction.cursor(table)
+    ]
 
 
 def _open(path: Path) -> Any:

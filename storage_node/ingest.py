@@ -16,7 +16,7 @@ import structlog
 
 from boreal.errors import BeyondLog, BorealError, IngestStopped, NotIndexedYet, UnknownVolume
 from boreal.types import Lsn, VolumeId, format_lsn
-from boreal.wal.touches import PLAIN_RECORDS, TouchDecoder
+from boreal.wal.touches import TouchDecoder
 from storage_node.index import PageIndex
 from storage_node.record_indexer import index_record
 from storage_node.redo import Redo
@@ -61,17 +61,14 @@ class Ingest:
         log: Log,
         shared: SharedState,
         redo: Redo,
-        plain: bytes = PLAIN_RECORDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`plain` says which records `redo` need not judge (boreal.wal.touches)."""
         self._volume = volume
         self._index = index
         self._log = log
         self._shared = shared
         self._clock = clock
         self._redo = redo
-        self._plain = plain
         self.on_work: Callable[[], None] = lambda: None
         """Called when a layer was frozen, to be sealed by somebody else, or pages got hot."""
         self._awake = asyncio.Event()
@@ -79,7 +76,7 @@ class Ingest:
         self._failure: IngestStopped | None = None
         self._told = Lsn(0)
         self._generation = shared.generation
-        self._decoder = TouchDecoder(index.indexed, index.layer, plain)
+        self._decoder = TouchDecoder(index.indexed, index.layer)
         self._covered = index.indexed
 
     @property
@@ -156,7 +153,7 @@ class Ingest:
     def _restart(self) -> None:
         """Forget all bytes read but not indexed."""
         self._generation = self._shared.generation
-        self._decoder = TouchDecoder(self._index.indexed, self._index.layer, self._plain)
+        self._decoder = TouchDecoder(self._index.indexed, self._index.layer)
         self._covered = self._index.indexed
 
     async def _catch_up(self) -> None:

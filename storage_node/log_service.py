@@ -40,7 +40,6 @@ def position_of(node: NodeName, segment: Segment) -> storage_pb2.Position:
         scl=state.scl,
         vdl=state.vdl,
         system_identifier=segment.facts.system_identifier,
-        materialize=segment.facts.materialize,
     )
 
 
@@ -72,9 +71,7 @@ class StorageLogService(storage_pb2_grpc.StorageLogServicer):
     ) -> storage_pb2.Position:
         """Make a volume's segment."""
         facts = VolumeFacts(
-            system_identifier=request.system_identifier,
-            start=Lsn(request.start_lsn),
-            materialize=request.materialize,
+            system_identifier=request.system_identifier, start=Lsn(request.start_lsn)
         )
         volume = check_volume_id(request.volume.volume_id)
         segment = self._volumes.create(volume, epoch_of(request.volume), facts)

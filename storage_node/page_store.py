@@ -20,11 +20,10 @@ import lmdb
 
 from boreal.errors import CorruptData, Internal, MalformedRequest
 from boreal.pages.layout import PageHeader, is_zero
-from boreal.types import PAGE_BYTES, Fork, Lsn, PageKey, RelationFork
+from boreal.types import PAGE_BYTES, BlockNumber, Lsn, PageKey, RelationFork
 from storage_node.disk import sync_directory
+from storage_node.entries import fork_key, fork_of_key, page_key
 
-_PAGE_KEY = struct.Struct(">IIIBI")
-_FORK_KEY = struct.Struct(">IIIB")
 _PAGE_HEAD = struct.Struct("<IHH")
 """CRC, hole offset, hole length."""
 _FORK_VALUE = struct.Struct("<II")
@@ -93,11 +92,11 @@ class PageStore:
         count = len(pages) // PAGE_BYTES
         with self._environment.begin(write=True) as transaction:
             for n in range(count):
-                key = _PAGE_KEY.pack(*fork, first_block + n)
+                key = page_key(PageKey(fork, BlockNumber(first_block + n)))
                 page = pages[n * PAGE_BYTES : (n + 1) * PAGE_BYTES]
                 transaction.put(key, pack_page(key, page), db=self._pages)
             self._sizes[fork] = max(self._sizes.get(fork, 0), first_block + count)
-            key = _FORK_KEY.pack(*fork)
+            key = fork_key(fork)
             size = _FORK_VALUE.pack(_crc(key, self._sizes[fork]), self._sizes[fork])
             transaction.put(key, size, db=self._forks)
         self._page_count += count
@@ -127,7 +126,7 @@ class PageStore:
         """An imported page, verified; None past the imported size. CorruptData if it is damaged."""
         if page.block >= self._sizes.get(page.relation, 0):
             return None
-        key = _PAGE_KEY.pack(*page.relation, page.block)
+        key = page_key(page)
         with self._environment.begin(db=self._pages) as transaction:
             stored = transaction.get(key)
         if stored is None:
@@ -174,8 +173,7 @@ def _read_forks(items: Iterable[tuple[bytes, bytes]]) -> Iterable[tuple[Relation
         crc, blocks = _FORK_VALUE.unpack(value)
         if crc != _crc(key, blocks):
             raise CorruptData(f"the imported size under {key.hex()} is damaged")
-        tablespace, database, relation, number = _FORK_KEY.unpack(key)
-        yield RelationFork(tablespace, database, relation, Fork(number)), blocks
+        yield fork_of_key(key), blocks
 
 
 def _crc(key: bytes, blocks: int) -> int:

@@ -14,8 +14,8 @@ _LONGEST_PAUSE_SECONDS = 10.0
 _HEALTHY_SECONDS = 30.0
 """One that lived so long did not fail at its start: begin with the short pause again."""
 _NOTIFY_DELAY_SECONDS = 0.02
-"""The index may be a little behind: a reader that cannot wait wakes it by itself."""
-"""Appends within it wake the page process once. Whoever waits for a page asks it directly."""
+"""Appends within it wake the page process once. The index may be that much behind: whoever waits
+for a page asks for it there, which wakes it, too."""
 
 _log = structlog.get_logger(__name__)
 

@@ -35,7 +35,7 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Materialization:
-    """What a volume has once its import is complete, if its pages are wanted at all."""
+    """What a volume has once its import is complete."""
 
     index: PageIndex
     ingest: Ingest
@@ -70,11 +70,7 @@ class IndexGauges:
 
 
 class PageVolume:
-    """One volume's imported pages, index and ingest.
-
-    A volume of which only the log is wanted (`materialize` false) has no index: it answers with the
-    imported pages, at any LSN.
-    """
+    """One volume's imported pages, index and ingest."""
 
     def __init__(
         self,
@@ -155,17 +151,13 @@ class PageVolume:
         NotIndexedYet after `timeout_s`, IngestStopped if it will never be, BelowLogStart before the
         import.
         """
-        if not self.shared.materialize:
-            return
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         if self._materialization is None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     await self._imported.wait()
-        made = self._materialization
-        if made is None:
-            raise NotIndexedYet(f"the pages of {self.volume} are not imported here", indexed_lsn=0)
+        made = self._made()
         _check_not_below(made.index, self.volume, lsn)
         if 0 < lineage_epoch <= self.shared.lineage_epoch:
             # The log here is that lineage's, or one that took over all of it that was durable.
@@ -175,21 +167,14 @@ class PageVolume:
     def pages(self, fork: RelationFork, blocks: Sequence[int], lsn: Lsn) -> list[bytes | None]:
         """Pages as of `lsn`, which `wait_for` has seen reached; None where there is no block."""
         keys = [PageKey(fork, BlockNumber(block)) for block in blocks]
-        self._check_open()
-        made = self._materialization
-        if made is None:
-            return [self.store.page(key) for key in keys]
+        made = self._made()
         _check_not_below(made.index, self.volume, lsn)
         with made.index.view() as view:
             return [made.materializer.page(view, key, lsn) for key in keys]
 
     def relations(self, lsn: Lsn) -> dict[RelationFork, int]:
         """Every fork that exists as of `lsn`, with its blocks."""
-        self._check_open()
-        made = self._materialization
-        if made is None:
-            imported = self.store.imported
-            return {} if imported is None else dict(imported.forks)
+        made = self._made()
         _check_not_below(made.index, self.volume, lsn)
         with made.index.view() as view:
             return view.relations(lsn)
@@ -238,8 +223,7 @@ class PageVolume:
         self.shared.close()
 
     def _begin(self, imported: Imported) -> None:
-        if self.shared.materialize:
-            self._materialization = self._make(imported)
+        self._materialization = self._make(imported)
         self._imported.set()
 
     def _make(self, imported: Imported) -> _Materialization:
@@ -279,9 +263,13 @@ class PageVolume:
         )
         return _Materialization(index, ingest, materializer, compaction, retirement, tasks)
 
-    def _check_open(self) -> None:
+    def _made(self) -> _Materialization:
+        """UnknownVolume once the volume is closed, NotIndexedYet before the import."""
         if not self.store.open:
             raise UnknownVolume(f"{self.volume} was dropped")
+        if self._materialization is None:
+            raise NotIndexedYet(f"the pages of {self.volume} are not imported here", indexed_lsn=0)
+        return self._materialization
 
 
 def _check_not_below(index: PageIndex, volume: VolumeId, lsn: Lsn) -> None:

@@ -72,10 +72,9 @@ class VolumeFacts:
     system_identifier: int
     start: Lsn
     """Where its log began. What is kept of it may begin later: SegmentState.start."""
-    materialize: bool
 
 
-class _Stored(NamedTuple):
+class StoredState(NamedTuple):
     """What the state file says. Where the log ends, the log itself says."""
 
     facts: VolumeFacts
@@ -90,7 +89,6 @@ def _encode_state(facts: VolumeFacts, state: SegmentState) -> bytes:
         {
             "system_identifier": facts.system_identifier,
             "start": facts.start,
-            "materialize": facts.materialize,
             "kept_from": state.start,
             "promised": state.promised,
             "lineage": state.lineage.entries,
@@ -100,23 +98,24 @@ def _encode_state(facts: VolumeFacts, state: SegmentState) -> bytes:
     return b"%08x %s\n" % (value(body), body)
 
 
-def _decode_state(data: bytes, path: Path) -> _Stored:
-    crc, _, body = data.rstrip(b"\n").partition(b" ")
+def read_state(path: Path) -> StoredState:
+    """What a state file says. CorruptData if it cannot be trusted or understood, OSError."""
+    crc, _, body = path.read_bytes().rstrip(b"\n").partition(b" ")
     if crc != b"%08x" % value(body):
         raise CorruptData(f"{path} does not match its checksum; rebuild this segment from a peer")
-    fields = json.loads(body)
-    facts = VolumeFacts(
-        system_identifier=fields["system_identifier"],
-        start=Lsn(fields["start"]),
-        materialize=fields["materialize"],
-    )
-    return _Stored(
-        facts=facts,
-        promised=Epoch(fields["promised"]),
-        lineage=Lineage.of(fields["lineage"]),
-        kept_from=Lsn(fields["kept_from"]),
-        vdl=Lsn(fields["vdl"]),
-    )
+    try:
+        fields = json.loads(body)
+        return StoredState(
+            facts=VolumeFacts(
+                system_identifier=fields["system_identifier"], start=Lsn(fields["start"])
+            ),
+            promised=Epoch(fields["promised"]),
+            lineage=Lineage.of(fields["lineage"]),
+            kept_from=Lsn(fields["kept_from"]),
+            vdl=Lsn(fields["vdl"]),
+        )
+    except (ValueError, LookupError, TypeError) as error:
+        raise CorruptData(f"{path} is whole, but makes no sense here: {error!r}") from error
 
 
 class Segment:
@@ -129,7 +128,7 @@ class Segment:
     def __init__(self, layout: VolumeLayout) -> None:
         """Open what is on disk. CorruptData if its state cannot be trusted."""
         self.layout = layout
-        stored = _decode_state(layout.state.read_bytes(), layout.state)
+        stored = read_state(layout.state)
         self.facts, lineage = stored.facts, stored.lineage
         self._log = VolumeLog(layout.log, stored.kept_from, lineage.timelines())
         self.state = SegmentState(
@@ -153,7 +152,6 @@ class Segment:
             self.shared = SharedState.create(layout.shared)
         # What log may be dropped is to be said anew: the file may be older than what it tells of.
         self.shared.pgmrpl = self.shared.floor = self.shared.retired = Lsn(0)
-        self.shared.materialize = self.facts.materialize
         self.shared.generation = (self.shared.generation | 1) + 1
         self._publish()
         self.reader = LogReader(layout.root)
@@ -271,9 +269,7 @@ class Segment:
         That the log begins later is durable on return, and readers are told; a segment that a kept
         bundle is replayed from stays whole, for PostgreSQL asks for WAL from a segment's start.
         """
-        floor = self.shared.floor
-        retired = self.shared.retired if self.facts.materialize else floor
-        start = wal_segment_start(min(floor, retired, self.state.vdl))
+        start = wal_segment_start(min(self.shared.floor, self.shared.retired, self.state.vdl))
         if start <= self.state.start:
             return []
         self._make_durable(self.state.trim(start))
@@ -282,9 +278,7 @@ class Segment:
 
     @property
     def index_lag_bytes(self) -> int:
-        """Log that is here and not yet in the page index; 0 if no pages are made of it."""
-        if not self.facts.materialize:
-            return 0
+        """Log that is here and not yet in the page index."""
         return max(0, self.state.scl - max(self.shared.indexed, self.state.start))
 
     def ack_delay_s(self, pressure: Pressure, append_bytes: int) -> float:

@@ -24,8 +24,8 @@ _FAILURE_OFFSET = 1024
 _FAILURE_LIMIT_BYTES = 1024
 
 # Word numbers. Written by the log process:
-_MAGIC_WORD, _PROMISED, _START, _SCL, _VDL, _PGMRPL, _MATERIALIZE, _GENERATION, _DROPPED = range(9)
-_LINEAGE_EPOCH, _FLOOR = 9, 10
+_MAGIC_WORD, _PROMISED, _START, _SCL, _VDL, _PGMRPL = range(6)
+_GENERATION, _DROPPED, _LINEAGE_EPOCH, _FLOOR = range(7, 11)
 # Written by the page process:
 _INDEXED, _FAILURE_SEQUENCE, _FAILURE_BYTES, _RETIRED = range(16, 20)
 
@@ -132,15 +132,6 @@ class SharedState:
     @floor.setter
     def floor(self, lsn: Lsn) -> None:
         self._words[_FLOOR] = lsn
-
-    @property
-    def materialize(self) -> bool:
-        """Whether pages are wanted at all; false for log-only volumes. Never changes."""
-        return bool(self._words[_MATERIALIZE])
-
-    @materialize.setter
-    def materialize(self, wanted: bool) -> None:
-        self._words[_MATERIALIZE] = wanted
 
     @property
     def generation(self) -> int:

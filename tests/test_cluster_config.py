@@ -5,6 +5,7 @@ Method: real files and real sockets; where it matters who one is, both cases are
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -24,7 +25,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="about what root may not 
 
 @pytest.fixture
 def config(tmp_path: Path) -> cluster.ClusterConfig:
-    return cluster.create(tmp_path, postgres_port=5, ship_only=False)
+    return cluster.create(tmp_path, postgres_port=5)
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_every_port_and_password_is_its_own(config: cluster.ClusterConfig) -> No
     ephemeral_from = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     assert max(ports) < max(ephemeral_from, 11_000)
     assert [(entry.name, entry.zone) for entry in config.storage] == list(cluster.ZONES.items())
-    other = cluster.create(config.data_dir, postgres_port=5, ship_only=False)
+    other = cluster.create(config.data_dir, postgres_port=5)
     assert other.master_password != config.master_password
     assert len(config.master_password) >= 20
 
@@ -63,6 +64,14 @@ def test_a_broken_file_is_said_to_be_one(tmp_path: Path, content: str) -> None:
     (tmp_path / "cluster.json").write_text(content)
     with pytest.raises(BadUsage, match="not a cluster file"):
         cluster.load(tmp_path)
+
+
+def test_a_file_of_another_version_is_said_to_be_one(config: cluster.ClusterConfig) -> None:
+    config.save()
+    path = config.data_dir / "cluster.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "color": "blue"}))
+    with pytest.raises(BadUsage, match=r"another version .* color"):
+        cluster.load(config.data_dir)
 
 
 def test_no_cluster_says_how_to_get_one(tmp_path: Path) -> None:

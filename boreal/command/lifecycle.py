@@ -64,7 +64,6 @@ class UpOptions:
     data_dir: Path
     postgres_port: int | None = None
     """None: the one the cluster has, or the default for a new one."""
-    ship_only: bool = False
     retain_log_mib: int | None = None
     """None: as it is, or as storage nodes think best."""
     cache_bytes: int | None = None
@@ -121,7 +120,7 @@ def _settle_config(
     if not (options.data_dir / "cluster.json").exists():
         port = options.postgres_port or cluster.POSTGRES_PORT
         _check_port_free(port)
-        config = cluster.create(options.data_dir, postgres_port=port, ship_only=options.ship_only)
+        config = cluster.create(options.data_dir, postgres_port=port)
         config = replace(config, retain_log_mib=options.retain_log_mib)
         config = replace(config, cache_bytes=options.cache_bytes or 0)
         config.save()
@@ -131,8 +130,6 @@ def _settle_config(
     config = replace(config, retain_log_mib=options.retain_log_mib or config.retain_log_mib)
     if options.cache_bytes is not None:
         config = replace(config, cache_bytes=options.cache_bytes)
-    if options.ship_only and not config.ship_only:
-        raise BadUsage("this cluster was not made for --ship-only; use another --data-dir")
     if not any(processes.status(name).alive for name in config.names):
         _await_ports(config, config.names)
         config, moved = cluster.with_free_ports(config)

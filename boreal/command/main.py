@@ -81,7 +81,6 @@ def _data_dir_option(verb: Callable[..., Any]) -> Callable[..., Any]:
     type=click.IntRange(1, 65535),
     help=f"Where PostgreSQL listens.  [default: {cluster.POSTGRES_PORT}, or as before]",
 )
-@click.option("--ship-only", is_flag=True, hidden=True, help="Keep the log, make no pages (bench).")
 @click.option(
     "--retain-log-mib",
     type=click.IntRange(1),
@@ -98,7 +97,6 @@ def _data_dir_option(verb: Callable[..., Any]) -> Callable[..., Any]:
 def up(
     data_dir: Path,
     port: int | None,
-    ship_only: bool,
     retain_log_mib: int | None,
     cache_size: int | None,
 ) -> None:
@@ -109,7 +107,6 @@ def up(
     options = UpOptions(
         data_dir=data_dir,
         postgres_port=port,
-        ship_only=ship_only,
         retain_log_mib=retain_log_mib,
         cache_bytes=cache_size,
     )

@@ -78,6 +78,5 @@ def _compute_options(config: ClusterConfig) -> tuple[str, ...]:
         f"--port={config.agent_port}",
         f"--postgres-port={config.postgres_port}",
         f"--password-file={config.password_file}",
-        *(("--ship-only",) if config.ship_only else ()),
         *((f"--cache-size={config.cache_bytes}",) if config.cache_bytes else ()),
     )

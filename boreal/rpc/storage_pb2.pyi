@@ -31,13 +31,10 @@ class CreateVolumeRequest(_message.Message):
     VOLUME_FIELD_NUMBER: _builtins.int
     SYSTEM_IDENTIFIER_FIELD_NUMBER: _builtins.int
     START_LSN_FIELD_NUMBER: _builtins.int
-    MATERIALIZE_FIELD_NUMBER: _builtins.int
     system_identifier: _builtins.int
     """PostgreSQL's, as in pg_control"""
     start_lsn: _builtins.int
     """first byte the log will hold: a WAL segment boundary"""
-    materialize: _builtins.bool
-    """false: log only (the ship-only mode of the bench)"""
     @_builtins.property
     def volume(self) -> _common_pb2.VolumeRef: ...
     def __init__(
@@ -46,11 +43,10 @@ class CreateVolumeRequest(_message.Message):
         volume: _common_pb2.VolumeRef | None = ...,
         system_identifier: _builtins.int = ...,
         start_lsn: _builtins.int = ...,
-        materialize: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["volume", b"volume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["materialize", b"materialize", "start_lsn", b"start_lsn", "system_identifier", b"system_identifier", "volume", b"volume"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["start_lsn", b"start_lsn", "system_identifier", b"system_identifier", "volume", b"volume"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -166,7 +162,6 @@ class Position(_message.Message):
     SCL_FIELD_NUMBER: _builtins.int
     VDL_FIELD_NUMBER: _builtins.int
     SYSTEM_IDENTIFIER_FIELD_NUMBER: _builtins.int
-    MATERIALIZE_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     promised_epoch: _builtins.int
     start_lsn: _builtins.int
@@ -176,7 +171,6 @@ class Position(_message.Message):
     vdl: _builtins.int
     """highest VDL this node was told of"""
     system_identifier: _builtins.int
-    materialize: _builtins.bool
     @_builtins.property
     def lineage(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.EpochStart]: ...
     def __init__(
@@ -189,11 +183,10 @@ class Position(_message.Message):
         scl: _builtins.int = ...,
         vdl: _builtins.int = ...,
         system_identifier: _builtins.int = ...,
-        materialize: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lineage", b"lineage", "materialize", b"materialize", "node", b"node", "promised_epoch", b"promised_epoch", "scl", b"scl", "start_lsn", b"start_lsn", "system_identifier", b"system_identifier", "vdl", b"vdl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lineage", b"lineage", "node", b"node", "promised_epoch", b"promised_epoch", "scl", b"scl", "start_lsn", b"start_lsn", "system_identifier", b"system_identifier", "vdl", b"vdl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

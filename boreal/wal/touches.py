@@ -76,10 +76,7 @@ def _kinds() -> bytes:
     return bytes(table)
 
 
-PLAIN_RECORDS: Final = _kinds()
-"""For a redo that makes the page after from the page before for every heap and btree record."""
-EVERY_RECORD_PARSED: Final = bytes(256 << 4)
-"""For a redo that wants to judge each record."""
+_KINDS: Final = _kinds()
 
 
 class Touches(Protocol):
@@ -106,9 +103,9 @@ class TouchDecoder:
     after it has yet to come. `into` may be exchanged between two calls of `feed`.
     """
 
-    def __init__(self, start: Lsn, into: Touches, plain: bytes = PLAIN_RECORDS) -> None:
+    def __init__(self, start: Lsn, into: Touches) -> None:
         """Begin at a record's start or end, or at a WAL page, as `WalDecoder` does."""
-        self._stream = _TouchStream(start, into, plain)
+        self._stream = _TouchStream(start, into)
         self._failure: CorruptWal | IngestStopped | None = None
 
     @property
@@ -140,11 +137,10 @@ class TouchDecoder:
 class _TouchStream(RecordStream):
     """A RecordStream that keeps plain records to itself."""
 
-    def __init__(self, start: Lsn, into: Touches, plain: bytes) -> None:
+    def __init__(self, start: Lsn, into: Touches) -> None:
         super().__init__(start)
         self.into = into
         self.position = start
-        self._plain = plain
 
     def _records_of_page(self) -> Iterator[RawRecord]:
         self._note_plain()
@@ -164,7 +160,7 @@ class _TouchStream(RecordStream):
         buffer, offset, previous = self._buffer, self._offset, int(self._previous)
         base = self._at - offset
         limit = min(len(buffer), offset + PAGE_BYTES - self._at % PAGE_BYTES)
-        plain, into = self._plain, self.into
+        kinds, into = _KINDS, self.into
         pages, first, hot, hot_mask = into.pages, into.first, into.hot, into.hot_mask
         noted = pages.get
         read_header, read_block, read_next = (
@@ -178,7 +174,7 @@ class _TouchStream(RecordStream):
         while offset <= last_header:
             length, prev, info, rmgr, crc = read_header(buffer, offset)
             end = offset + ((length + 7) & ~7)
-            kind = plain[rmgr << 4 | info >> 4]
+            kind = kinds[rmgr << 4 | info >> 4]
             if not kind or end > limit or prev != previous or length < 26:
                 break
             raw_end = offset + length

@@ -51,7 +51,7 @@ def directory() -> Iterator[Path]:
 def config(directory: Path) -> cluster.ClusterConfig:
     """A cluster of which nothing was ever started."""
     (port,) = cluster.free_ports(1)
-    config = cluster.create(directory, postgres_port=port, ship_only=False)
+    config = cluster.create(directory, postgres_port=port)
     config.save()
     return config
 

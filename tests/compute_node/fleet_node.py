@@ -71,7 +71,6 @@ class FleetNode(
             scl=self.state.scl,
             vdl=self.state.vdl,
             system_identifier=SYSTEM_IDENTIFIER,
-            materialize=True,
         )
 
     # --- log -----------------------------------------------------------------------------------

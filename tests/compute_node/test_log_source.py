@@ -37,9 +37,7 @@ def state(lineage: Lineage, length: int) -> SegmentState:
 
 def positions(*states: SegmentState, system: int = 7) -> dict[NodeName, SegmentPosition]:
     return {
-        NodeName(f"sn-{number}"): SegmentPosition(
-            state=each, system_identifier=system, materialize=True
-        )
+        NodeName(f"sn-{number}"): SegmentPosition(state=each, system_identifier=system)
         for number, each in enumerate(states, start=1)
     }
 
@@ -62,7 +60,7 @@ def test_the_view_is_that_of_the_nodes_of_one_history() -> None:
         "sn-2": Held(LOG_START, Lsn(LOG_START + 700)),
         "sn-3": Held(LOG_START, LOG_START),
     }
-    assert (view.system_identifier, view.materialize) == (7, True)
+    assert view.system_identifier == 7
 
 
 def test_a_newer_history_wins_over_a_longer_log_and_the_old_one_is_not_read_from() -> None:

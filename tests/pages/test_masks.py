@@ -29,25 +29,12 @@ from boreal.wal import (
     Effect,
     RelationDropped,
     RelationTruncated,
-    Rmgr,
     VisibilityCleared,
     WalRecord,
     effects,
 )
 from tests.support.exercised import ExercisedLog, exercised_log
-
-_KINDS = {
-    Rmgr.HEAP: PageKind.HEAP,
-    Rmgr.HEAP2: PageKind.HEAP,
-    Rmgr.BTREE: PageKind.BTREE,
-    Rmgr.HASH: PageKind.HASH,
-    Rmgr.GIN: PageKind.GIN,
-    Rmgr.GIST: PageKind.GIST,
-    Rmgr.SPGIST: PageKind.SPGIST,
-    Rmgr.BRIN: PageKind.BRIN,
-    Rmgr.SEQ: PageKind.SEQUENCE,
-    Rmgr.GENERIC: PageKind.GENERIC,
-}
+from tests.support.page_kinds import KIND_OF_RMGR
 
 
 class Replay:
@@ -68,7 +55,7 @@ class Replay:
                 self.pages.pop(block.page, None)
             if block.page.relation.fork is Fork.VM:
                 self.kinds[block.page] = PageKind.VISIBILITY_MAP
-            elif kind := _KINDS.get(record.rmgr):
+            elif kind := KIND_OF_RMGR.get(record.rmgr):
                 self.kinds[block.page] = kind
         for effect in effects(record):
             self._apply_effect(effect)

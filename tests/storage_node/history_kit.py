@@ -21,7 +21,7 @@ CHAIN_RECORDS = 16
 def history_segment(directory: Path, history: History) -> Segment:
     """An empty segment."""
     config = storage_config(directory)
-    facts = VolumeFacts(system_identifier=4711, start=history.start, materialize=True)
+    facts = VolumeFacts(system_identifier=4711, start=history.start)
     return Segment.create(config.volume(VOLUME), EPOCH, facts)
 
 

@@ -154,12 +154,11 @@ class LogClient:
     stub: storage_pb2_grpc.StorageLogAsyncStub
     volume: VolumeId = VOLUME
 
-    async def create(self, epoch: int, start: int, *, materialize: bool = False) -> None:
+    async def create(self, epoch: int, start: int) -> None:
         request = storage_pb2.CreateVolumeRequest(
             volume=volume_ref(self.volume, epoch),
             system_identifier=42,
             start_lsn=start,
-            materialize=materialize,
         )
         with calling("node", "CreateVolume"):
             await self.stub.CreateVolume(request, timeout=10)

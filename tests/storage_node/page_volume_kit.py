@@ -10,7 +10,6 @@ from pathlib import Path
 from boreal.rpc import storage_pb2
 from boreal.rpc.edge import fork_to_wire, volume_ref
 from boreal.types import PAGE_BYTES, Epoch, Fork, Lsn, NodeName, VolumeId
-from boreal.wal.touches import EVERY_RECORD_PARSED, PLAIN_RECORDS
 from storage_node.compaction import Compaction
 from storage_node.config import CHAIN_RECORDS, RETAIN_LOG_BYTES, StorageConfig
 from storage_node.index import PageIndex
@@ -18,7 +17,7 @@ from storage_node.ingest import Ingest
 from storage_node.materialize import Materializer
 from storage_node.page_store import PageStore
 from storage_node.redo import Redo
-from storage_node.redo.after_image import AfterImageRedo
+from storage_node.redo.native import NativeRedo
 from storage_node.retire import Retirement
 from storage_node.segment import Segment, VolumeFacts
 from tests.storage_node.recorded_run import RecordedRun
@@ -45,13 +44,9 @@ def storage_config(data_dir: Path, pages_port: int = 0) -> StorageConfig:
     )
 
 
-def make_segment(
-    config: StorageConfig, run: RecordedRun, *, volume: VolumeId = VOLUME, materialize: bool = True
-) -> Segment:
+def make_segment(config: StorageConfig, run: RecordedRun, *, volume: VolumeId = VOLUME) -> Segment:
     """The empty segment of a volume."""
-    facts = VolumeFacts(
-        system_identifier=run.system_identifier, start=run.wal_start, materialize=materialize
-    )
+    facts = VolumeFacts(system_identifier=run.system_identifier, start=run.wal_start)
     return Segment.create(config.volume(volume), EPOCH, facts)
 
 
@@ -112,7 +107,6 @@ class Indexed:
         retain_bytes: int = RETAIN_LOG_BYTES,
         chain_records: int = CHAIN_RECORDS,
     ) -> None:
-        """Without `redo` pages are made of after-images, and each record is taken apart."""
         self.segment = segment
         self.store = store
         assert store.imported is not None
@@ -129,13 +123,12 @@ class Indexed:
             index=self.index,
             log=segment.reader,
             shared=shared,
-            redo=redo or AfterImageRedo(),
-            plain=EVERY_RECORD_PARSED if redo is None else PLAIN_RECORDS,
+            redo=redo or NativeRedo(),
         )
         self.materializer = Materializer(
             imported_page=store.page,
             read_log=lambda at, length: segment.reader.read(at, Lsn(at + length)),
-            redo=redo or AfterImageRedo(),
+            redo=redo or NativeRedo(),
         )
         self.retirement = Retirement(
             index=self.index,

@@ -1,8 +1,7 @@
 """What the page tests compare with: a stock PostgreSQL's WAL, and its files at several LSNs.
 
-PostgreSQL runs as Boreal's writer does: after-images for every resource manager but hash, no
-full-page writes, so that storage must build every page from an image in a record or from what was
-imported.
+PostgreSQL runs as Boreal's writer does: after-images for GIN and SP-GiST alone, no full-page
+writes, so that storage must build every page from the records and from what was imported.
 """
 
 from __future__ import annotations
@@ -25,26 +24,18 @@ from boreal.types import (
     parse_lsn,
     wal_segment_start,
 )
+from compute_node.postgres import AFTER_IMAGES
+from tests.support.page_kinds import kind_of_relation
 from tests.support.stock_postgres import StockPostgres, stock_postgres
 
 SETTINGS = {
-    "wal_consistency_checking": "heap,heap2,btree,gin,gist,sequence,spgist,brin,generic",
+    "wal_consistency_checking": AFTER_IMAGES,
     "full_page_writes": "off",
     "wal_level": "replica",
     "wal_keep_size": "2GB",
 }
 _DEFAULT_TABLESPACE, _GLOBAL_TABLESPACE = 1663, 1664
 _SUFFIXES = {"": Fork.MAIN, "fsm": Fork.FSM, "vm": Fork.VM, "init": Fork.INIT}
-_METHODS = {
-    "btree": PageKind.BTREE,
-    "hash": PageKind.HASH,
-    "gin": PageKind.GIN,
-    "gist": PageKind.GIST,
-    "spgist": PageKind.SPGIST,
-    "brin": PageKind.BRIN,
-    "hnsw": PageKind.GENERIC,
-    "ivfflat": PageKind.GENERIC,
-}
 
 Files = dict[RelationFork, bytes]
 
@@ -77,7 +68,7 @@ class RecordedRun:
     wal: bytes
     system_identifier: int
     snapshots: tuple[Snapshot, ...]
-    """Ascending. After the last one come records without after-images."""
+    """Ascending. After the last one come GIN records without after-images."""
 
     @property
     def end(self) -> Lsn:
@@ -124,7 +115,7 @@ def _catalog(server: StockPostgres) -> dict[tuple[int, int, int], Relation]:
         for name, number, kind, persistence, method, database in server.run(
             _CATALOG, database=database_name
         ):
-            page_kind = PageKind.SEQUENCE if kind == "S" else _METHODS.get(method, PageKind.HEAP)
+            page_kind = kind_of_relation(kind, method)
             tablespace = _DEFAULT_TABLESPACE if database else _GLOBAL_TABLESPACE
             found[tablespace, database, number] = Relation(
                 name=f"{database_name}.{name}", kind=page_kind, unlogged=persistence == "u"
@@ -278,11 +269,14 @@ VACUUM plain
 ALTER TABLE cut SET UNLOGGED
 ALTER TABLE fleeting SET LOGGED
 CREATE INDEX dup_hash ON dup USING hash (k)
+SET wal_compression = 'pglz'
+CREATE INDEX dup_packed ON dup (k)
+RESET wal_compression
 INSERT INTO dup SELECT generate_series(1, 50)
 """
 _BREACH: LiteralString = """
 SET wal_consistency_checking = ''
-INSERT INTO dup VALUES (1)
+INSERT INTO plain (a) VALUES (ARRAY[1])
 """
 """Records that lack what the agreement between writer and storage asks for."""
 _STAGES: tuple[tuple[tuple[str, LiteralString], ...], ...] = (

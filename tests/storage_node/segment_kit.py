@@ -55,7 +55,7 @@ def new_segment(home: Path, start: Lsn) -> Segment:
     return Segment.create(
         VolumeLayout(root=home / "vol-1"),
         Epoch(1),
-        VolumeFacts(system_identifier=42, start=start, materialize=False),
+        VolumeFacts(system_identifier=42, start=start),
     )
 
 

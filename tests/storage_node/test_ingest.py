@@ -28,6 +28,9 @@ from tests.storage_node.page_volume_kit import (
 )
 from tests.storage_node.recorded_run import RecordedRun
 
+_SMALL = 1 << 20
+"""So little log to retain makes for small layers, several of them before the first snapshot."""
+
 
 @pytest.fixture
 def parts(recorded_run: RecordedRun, tmp_path: Path) -> Iterator[Indexed]:
@@ -124,13 +127,13 @@ async def test_it_goes_on_where_it_stopped(recorded_run: RecordedRun, tmp_path: 
     store = fill_store(segment.layout.pages, recorded_run)
     first, second = (snapshot.lsn for snapshot in recorded_run.snapshots[:2])
     append(segment, recorded_run, second, first)
-    parts = Indexed(segment, store)
+    parts = Indexed(segment, store, retain_bytes=_SMALL)
     async with running(parts) as ingest:
         await ingest.wait_for(first, WAIT_S)
     sealed = parts.index.sealed_to
     parts.index.close()
     tell_vdl(segment, second)
-    again = Indexed(segment, store)
+    again = Indexed(segment, store, retain_bytes=_SMALL)
     assert again.index.indexed == again.index.sealed_to >= sealed > recorded_run.import_lsn
     async with running(again) as ingest:
         await ingest.wait_for(second, WAIT_S)

@@ -302,20 +302,6 @@ async def test_a_fence_reaches_readers(
     assert len(await node.pages(recorded_run.import_lsn, epoch=7)) == 1
 
 
-async def test_a_volume_of_log_only_serves_what_was_imported(
-    node: Node, recorded_run: RecordedRun
-) -> None:
-    made = make_segment(node.config, recorded_run, materialize=False)
-    append(made, recorded_run, recorded_run.snapshots[0].lsn)
-    (nothing,) = await node.pages(recorded_run.end)
-    assert list(nothing.exists) == [False]
-    await node.import_pages(import_messages(recorded_run))
-    (images,) = await node.pages(recorded_run.end, count=2)
-    assert images.pages == recorded_run.imported[PG_CLASS][: 2 * PAGE_BYTES]
-    assert (await node.state()).indexed_lsn == 0
-    made.close()
-
-
 async def test_a_dropped_volume_is_gone_and_may_come_back(
     node: Node, recorded_run: RecordedRun
 ) -> None:

@@ -108,7 +108,7 @@ async def test_acks_wait_while_the_index_lags_and_no_longer(
 ) -> None:
     page_process = node.page_process
     async with log_client(node.address) as client, lane_client(node.frames_port) as lane:
-        await client.create(1, START, materialize=True)
+        await client.create(1, START)
         page_process.send_signal(signal.SIGSTOP)
         try:
             at, _ = await timed(lane, client, START, MIB)
@@ -140,7 +140,7 @@ async def test_acks_wait_while_the_index_lags_and_no_longer(
 
 async def test_an_index_that_stopped_for_good_slows_nobody(node: LaggingNode) -> None:
     async with log_client(node.address) as client, lane_client(node.frames_port) as lane:
-        await client.create(1, START, materialize=True)
+        await client.create(1, START)
         at = START
         for _ in range(3):
             at, _ = await timed(lane, client, at, MIB)
@@ -152,7 +152,7 @@ async def test_an_index_that_stopped_for_good_slows_nobody(node: LaggingNode) ->
 
 async def test_answers_stay_in_order_while_one_of_them_waits(node: LaggingNode) -> None:
     async with log_client(node.address) as client, lane_client(node.frames_port) as lane:
-        await client.create(1, START, materialize=True)
+        await client.create(1, START)
         at = START
         for _ in range(3):
             at, _ = await timed(lane, client, at, MIB)
@@ -170,7 +170,7 @@ async def test_a_dead_page_process_slows_but_never_stops_the_writer(
     node: LaggingNode, control: tuple[FakeControl, str]
 ) -> None:
     async with log_client(node.address) as client, lane_client(node.frames_port) as lane:
-        await client.create(1, START, materialize=True)
+        await client.create(1, START)
         node.page_process.kill()
         at = START
         for _ in range(6):

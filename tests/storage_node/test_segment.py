@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import resource
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from google_crc32c import value
 
 from boreal.errors import (
     CorruptData,
@@ -23,13 +25,13 @@ from boreal.errors import (
 from boreal.quorum import Lineage
 from boreal.types import PAGE_BYTES, WAL_SEGMENT_BYTES, Epoch, Lsn, NodeName, VolumeId
 from storage_node.config import StorageConfig
-from storage_node.segment import Segment, VolumeFacts
+from storage_node.segment import Segment, VolumeFacts, read_state
 from storage_node.shared_state import SharedState
 from storage_node.volumes import Volumes
 from tests.storage_node.segment_kit import change, new_segment, reopened
 
 START = Lsn(7 * WAL_SEGMENT_BYTES)
-FACTS = VolumeFacts(system_identifier=42, start=START, materialize=True)
+FACTS = VolumeFacts(system_identifier=42, start=START)
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_the_vdl_is_told_to_the_page_process(segment: Segment) -> None:
     segment.flush()
     shared = SharedState(segment.layout.shared)
     assert (shared.start, shared.scl, shared.vdl) == (START, START + 100, START + 40)
-    assert (shared.promised, shared.materialize) == (1, False)
+    assert shared.promised == 1
     segment.stage(1, START + 100, b"", START + 100)
     segment.flush()
     assert shared.vdl == START + 100
@@ -197,9 +199,7 @@ def test_volumes_are_made_once_found_again_and_dropped(config: StorageConfig) ->
     made = volumes.create(volume, Epoch(1), FACTS)
     assert volumes.create(volume, Epoch(1), FACTS) is made
     with pytest.raises(VolumeMismatch):
-        volumes.create(
-            volume, Epoch(1), VolumeFacts(system_identifier=43, start=START, materialize=True)
-        )
+        volumes.create(volume, Epoch(1), VolumeFacts(system_identifier=43, start=START))
     made.fence(Epoch(3))
     volumes.close()
 
@@ -213,6 +213,22 @@ def test_volumes_are_made_once_found_again_and_dropped(config: StorageConfig) ->
         volumes.find("v-1")
     assert not list(Volumes(config))
     assert not list(config.volumes_dir.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["vdl", "lineage", "system_identifier"])
+def test_a_state_of_another_version_is_read_or_refused(segment: Segment, missing: str) -> None:
+    fields = json.loads(segment.layout.state.read_bytes()[9:])
+
+    def write(content: dict[str, object]) -> None:
+        body = json.dumps(content).encode()
+        segment.layout.state.write_bytes(b"%08x %s\n" % (value(body), body))
+
+    write({**fields, "materialize": False})
+    assert read_state(segment.layout.state).kept_from == START
+    del fields[missing]
+    write(fields)
+    with pytest.raises(CorruptData, match=missing):
+        read_state(segment.layout.state)
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", ".new-x", "x" * 64, "a\0b"])
@@ -235,6 +251,6 @@ def test_one_broken_volume_does_not_hide_the_others(config: StorageConfig) -> No
 
 @pytest.mark.parametrize("start", [0, 1, WAL_SEGMENT_BYTES + 8192])
 def test_a_log_starts_at_a_wal_segment(config: StorageConfig, start: int) -> None:
-    facts = VolumeFacts(system_identifier=1, start=Lsn(start), materialize=False)
+    facts = VolumeFacts(system_identifier=1, start=Lsn(start))
     with pytest.raises(MalformedRequest):
         Volumes(config).create(VolumeId("v"), Epoch(1), facts)

@@ -11,7 +11,6 @@ import asyncio
 import random
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,8 +21,9 @@ from boreal.quorum import Lineage
 from boreal.rpc import storage_pb2, storage_pb2_grpc
 from boreal.rpc.edge import open_channel, volume_ref
 from boreal.types import WAL_SEGMENT_BYTES, Epoch, Lsn
+from storage_node.config import VolumeLayout
 from storage_node.log import LogReader, VolumeLog
-from storage_node.segment import Segment, VolumeFacts
+from storage_node.segment import Segment
 from storage_node.shared_state import SharedState
 from tests.storage_node.node_process import (
     VOLUME,
@@ -75,10 +75,16 @@ def names(segment: Segment) -> list[str]:
     return sorted(path.name for path in segment.layout.log.iterdir())
 
 
+def hold_nothing(shared: SharedState) -> None:
+    """Play a page process that has indexed all there will be and needs none of its log."""
+    shared.indexed = shared.retired = segment_at(100)
+
+
 @pytest.fixture
 def segment(tmp_path: Path) -> Segment:
-    """Of a log-only volume: no page process has a say."""
-    return filled(new_segment(tmp_path, START), segment_at(4.5))
+    segment = filled(new_segment(tmp_path, START), segment_at(4.5))
+    hold_nothing(segment.shared)
+    return segment
 
 
 # --- what goes and what stays --------------------------------------------------------------------
@@ -118,6 +124,7 @@ def test_the_segment_a_kept_bundle_starts_in_stays_whole(segment: Segment) -> No
 
 def test_nothing_goes_that_is_not_known_to_be_durable(tmp_path: Path) -> None:
     segment = new_segment(tmp_path, START)
+    hold_nothing(segment.shared)
     for at in range(START, segment_at(3), MIB):
         segment.stage(1, at, bytes(MIB), segment_at(1.5))
     segment.flush()
@@ -133,10 +140,7 @@ def test_the_floor_never_falls(segment: Segment) -> None:
 
 
 def test_the_page_process_holds_the_log_it_needs(tmp_path: Path) -> None:
-    facts = VolumeFacts(system_identifier=42, start=START, materialize=True)
-    layout = new_segment(tmp_path / "other", START).layout
-    segment = Segment.create(replace(layout, root=tmp_path / "vol-1"), Epoch(1), facts)
-    filled(segment, segment_at(3))
+    segment = filled(new_segment(tmp_path, START), segment_at(3))
     pages = SharedState(segment.layout.shared)
     assert trimmed(segment, pgmrpl=segment_at(3), redo=segment_at(3)) == []
     pages.retired = segment_at(1.9)
@@ -203,6 +207,7 @@ def test_a_kill_before_the_new_start_is_durable_changes_nothing(segment: Segment
     assert again.state.start == START
     assert again.reader.read(START, segment_at(1))
     filled(again, segment_at(4.6))  # the last VDL is told again
+    hold_nothing(again.shared)
     assert again.trim() == [], "the writer has not told the floor again"
     assert len(trimmed(again, pgmrpl=segment_at(2))) == 4
 
@@ -218,6 +223,13 @@ def test_orphaned_checksums_are_removed_too(tmp_path: Path, segment: Segment) ->
 
 
 # --- real nodes ----------------------------------------------------------------------------------
+
+
+def relieve_pages(node: NodeProcess) -> None:
+    """The same on a node, whose own page process waits for an import and says nothing."""
+    shared = SharedState(VolumeLayout(root=node.data_dir / "volumes" / VOLUME).shared)
+    hold_nothing(shared)
+    shared.close()
 
 
 @pytest_asyncio.fixture
@@ -270,6 +282,7 @@ async def test_a_node_killed_while_it_trims_never_lacks_what_it_says_it_has(
     await asyncio.to_thread(node.start)
     async with log_client(node.address) as client:
         await client.create(1, START)
+        relieve_pages(node)
         end = await write(client, START, segment_at(1.5))
         for _ in range(4):
             await store_bundle(node, end - 200)
@@ -279,6 +292,7 @@ async def test_a_node_killed_while_it_trims_never_lacks_what_it_says_it_has(
             await asyncio.sleep(choose.random())  # anywhere in the trimmer's round
             await asyncio.to_thread(node.stop)
             await asyncio.to_thread(node.start)
+            relieve_pages(node)
             position = await client.position(1)
             assert position.scl == end
             for at in range(position.start_lsn, end, 4 * MIB):
@@ -311,6 +325,7 @@ async def test_a_node_that_was_away_finds_at_its_peer_what_it_lacks(
         for client in (one, two):
             await client.create(1, START)
             await write(client, START, segment_at(2.3))
+        relieve_pages(ahead)
         await asyncio.to_thread(behind.stop)
         held = segment_at(2.3)
         end = await write(one, held, segment_at(5.2), pgmrpl=held)
@@ -339,6 +354,7 @@ async def test_a_node_whose_log_nobody_continues_says_so(
         for client in (one, two):
             await client.create(1, START)
             await write(client, START, segment_at(0.3))
+        relieve_pages(ahead)
         await asyncio.to_thread(behind.stop)
         await store_bundle(ahead, segment_at(2.5))
         await write(one, segment_at(0.3), segment_at(3), pgmrpl=segment_at(2.5))

@@ -15,7 +15,7 @@ import pytest
 from boreal.errors import CorruptWal
 from boreal.types import Fork, Lsn
 from boreal.wal import HeapInfo, Rmgr, VisibilityCleared, WalDecoder, WalRecord, effects
-from boreal.wal.touches import EVERY_RECORD_PARSED, PLAIN_RECORDS, RAW_KEY, TouchDecoder
+from boreal.wal.touches import RAW_KEY, TouchDecoder
 from tests.support.exercised import ExercisedLog, exercised_log
 from tests.support.wal_builder import WalBuilder, body
 
@@ -50,9 +50,9 @@ def _blocks(records: list[WalRecord]) -> Iterator[tuple[bytes, WalRecord]]:
             yield RAW_KEY.pack(*fork[:3], block.page.block), record
 
 
-def _read(data: bytes, start: Lsn, *, chunk: int, plain: bytes) -> tuple[Noted, list[WalRecord]]:
+def _read(data: bytes, start: Lsn, *, chunk: int) -> tuple[Noted, list[WalRecord]]:
     noted = Noted()
-    decoder = TouchDecoder(start, noted, plain)
+    decoder = TouchDecoder(start, noted)
     parsed: list[WalRecord] = []
     for at in range(0, len(data), chunk):
         for record in decoder.feed(data[at : at + chunk]):
@@ -67,7 +67,7 @@ def _read(data: bytes, start: Lsn, *, chunk: int, plain: bytes) -> tuple[Noted, 
 @pytest.mark.parametrize("chunk", [1000, 32_768])
 def test_both_ways_agree(log: ExercisedLog, chunk: int) -> None:
     data = log.data[: log.end - log.start]
-    noted, parsed = _read(data, log.start, chunk=chunk, plain=PLAIN_RECORDS)
+    noted, parsed = _read(data, log.start, chunk=chunk)
     starts = {record.start for record in parsed}
     plain = [record for record in log.records if record.start not in starts]
     assert len(plain) > 5_000
@@ -92,13 +92,6 @@ def test_both_ways_agree(log: ExercisedLog, chunk: int) -> None:
     for key, entries in noted.pages.items():
         assert noted.hot.count(key) == len(entries) // 32
     assert len(clears) > 10
-
-
-def test_nothing_need_be_plain(log: ExercisedLog) -> None:
-    data = log.data[: log.end - log.start]
-    noted, parsed = _read(data, log.start, chunk=65_536, plain=EVERY_RECORD_PARSED)
-    assert parsed == log.records
-    assert not noted.pages
 
 
 def test_its_position_is_the_last_records_end(log: ExercisedLog) -> None:
@@ -162,6 +155,6 @@ def test_an_insertion_clears_by_its_first_flag_only(flags: int) -> None:
     wal = WalBuilder()
     wal.add(Rmgr.XLOG, 0x20, body(bytes(8)))  # the first record is always parsed
     start, _ = wal.add(Rmgr.HEAP, HeapInfo.INSERT, body(*_insert(4, flags)))
-    noted, parsed = _read(bytes(wal.data), wal.start, chunk=8192, plain=PLAIN_RECORDS)
+    noted, parsed = _read(bytes(wal.data), wal.start, chunk=8192)
     assert len(parsed) == 1
     assert noted.clears == ([(RAW_KEY.pack(1663, 5, 9, 4), start)] if flags & 1 else [])

@@ -13,19 +13,7 @@ from tests.storage_node.redo.page_comparison import Comparison
 from tests.storage_node.redo.record_types import Coverage, RecordType
 from tests.storage_node.redo.relation_files import RelationFiles
 from tests.storage_node.redo.replayed_pages import ReplayedPages
-
-KINDS = {
-    Rmgr.HEAP: PageKind.HEAP,
-    Rmgr.HEAP2: PageKind.HEAP,
-    Rmgr.BTREE: PageKind.BTREE,
-    Rmgr.HASH: PageKind.HASH,
-    Rmgr.GIN: PageKind.GIN,
-    Rmgr.GIST: PageKind.GIST,
-    Rmgr.SPGIST: PageKind.SPGIST,
-    Rmgr.BRIN: PageKind.BRIN,
-    Rmgr.SEQ: PageKind.SEQUENCE,
-    Rmgr.GENERIC: PageKind.GENERIC,
-}
+from tests.support.page_kinds import KIND_OF_RMGR
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,4 +153,4 @@ class Judge:
 def _record_kind(record: WalRecord, block: BlockRef) -> PageKind:
     if block.page.relation.fork is Fork.VM:
         return PageKind.VISIBILITY_MAP
-    return KINDS[record.rmgr]
+    return KIND_OF_RMGR[record.rmgr]

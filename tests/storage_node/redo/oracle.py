@@ -32,6 +32,7 @@ from tests.storage_node.redo.judge import Difference, Judge
 from tests.storage_node.redo.record_types import Coverage
 from tests.storage_node.redo.relation_files import RelationFiles
 from tests.storage_node.redo.replayed_pages import ReplayedPages
+from tests.support.page_kinds import kind_of_relation
 from tests.support.stock_postgres import StockPostgres, stock_postgres
 
 SETTINGS: Mapping[str, str] = {
@@ -44,16 +45,6 @@ SETTINGS: Mapping[str, str] = {
 }
 _SEGMENTS_PER_ID = 0x1_0000_0000 // WAL_SEGMENT_BYTES
 _DEFAULT_TABLESPACE, _GLOBAL_TABLESPACE = 1663, 1664
-_METHODS = {
-    "btree": PageKind.BTREE,
-    "hash": PageKind.HASH,
-    "gin": PageKind.GIN,
-    "gist": PageKind.GIST,
-    "spgist": PageKind.SPGIST,
-    "brin": PageKind.BRIN,
-    "hnsw": PageKind.GENERIC,
-    "ivfflat": PageKind.GENERIC,
-}
 _CATALOG: LiteralString = """
     SELECT pg_relation_filenode(c.oid)::int, c.relkind::text, c.relpersistence::text,
            am.amname::text, CASE WHEN c.relisshared THEN 0
@@ -130,9 +121,7 @@ class OracleRun:
             tablespace = _DEFAULT_TABLESPACE if oid else _GLOBAL_TABLESPACE
             fork = RelationFork(tablespace, oid, number, Fork.MAIN)
             if persistence == "p":
-                kinds[fork] = (
-                    PageKind.SEQUENCE if relation == "S" else _METHODS.get(method, PageKind.HEAP)
-                )
+                kinds[fork] = kind_of_relation(relation, method)
         return kinds
 
 

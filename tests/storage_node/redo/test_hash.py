@@ -158,7 +158,7 @@ def test_several_bitmaps() -> None:
         struct.pack_into("<HH", page, 44, 4, 5)
         with run.server.file_of(meta).open("r+b") as file:
             file.write(page)
-        run._judge.pages.put(meta, page)
+        run.pages.put(meta, page)
         run.server.start()
         run.server.run("INSERT INTO m SELECT g % 5 FROM generate_series(1, 36000) g")
         assert run.check() == []
@@ -166,7 +166,7 @@ def test_several_bitmaps() -> None:
         assert run.check() == []
         run.server.run("INSERT INTO m SELECT g % 3 FROM generate_series(1, 9000) g")
         assert run.check() == []
-        bitmaps = struct.unpack_from("<I", run._judge.pages.get(meta) or b"", 68)[0]
+        bitmaps = struct.unpack_from("<I", run.pages.get(meta) or b"", 68)[0]
         assert bitmaps > 2
 
 
@@ -182,7 +182,7 @@ def test_the_init_fork_of_an_unlogged_index() -> None:
         content = run.server.file_of(PageKey(fork, BlockNumber(0))).read_bytes()
         assert len(content) == 4 * PAGE_BYTES
         for block in range(4):
-            ours = bytearray(run._judge.pages.get(PageKey(fork, BlockNumber(block))) or b"")
+            ours = bytearray(run.pages.get(PageKey(fork, BlockNumber(block))) or b"")
             theirs = bytearray(content[block * PAGE_BYTES : (block + 1) * PAGE_BYTES])
             assert not is_zero(theirs)
             for page in (ours, theirs):

@@ -37,7 +37,6 @@ def _production_settings(directory: Path, engine: Engine) -> dict[str, str]:
         port=1,
         postgres_port=2,
         master_password="",
-        ship_only=False,
     )
     config.pgdata.mkdir(parents=True)
     write_configuration(config, engine)
