@@ -267,26 +267,26 @@ class Verification:
             found = await comparer.compare(target.kind, target.fork, piece.first, stored)
         finally:
             self._comparers.put_nowait(comparer)
-        if not found or target.kind is PageKind.VISIBILITY_MAP:  # whose LSN tells nothing
-            return found
-        return await self._not_as_written(name, target, found)
+        return await self._not_as_written(name, target, found) if found else found
 
     async def _not_as_written(
         self, name: NodeName, target: Target, found: Sequence[PageFault]
     ) -> list[PageFault]:
         """Those that differ also as of the LSN of PostgreSQL's own page.
 
-        Under load its file may be behind the LSN that is compared at, or already past it.
+        Under load its file may be behind the LSN that is compared at, or already past it. A map's
+        LSN tells nothing, but bits get cleared: what is cleared in the file is so afterwards.
         """
         fork, kind = target.fork, target.kind
         local = await asyncio.to_thread(
             lambda: [read_local(self._path, fork, fault.block, 1)[0] for fault in found]
         )
         await self.checkpoint()  # from here on the log is durable up to what was just read
-        left = []
+        left, now = [], self.lsn
         for fault, mine in zip(found, local, strict=True):
             if kind is not None and len(mine) == PAGE_BYTES:
-                theirs = await self.nodes.pages(name, fork, fault.block, 1, page_lsn(mine))
+                lsn = now if kind is PageKind.VISIBILITY_MAP else page_lsn(mine)
+                theirs = await self.nodes.pages(name, fork, fault.block, 1, lsn)
                 if not isinstance(theirs, BorealError) and not differences(
                     kind, fault.block, [mine], theirs
                 ):
