@@ -28,7 +28,16 @@ import psycopg
 
 from bench import load
 from bench.load import Target, percentile
-from bench.single import DIRECTORY, RESULTS, boreal_alone, drain, say, told_in_words, write_result
+from bench.single import (
+    DIRECTORY,
+    RESULTS,
+    boreal_alone,
+    drain,
+    say,
+    settle,
+    told_in_words,
+    write_result,
+)
 from bench.systems import Boreal
 from boreal.engine import Engine
 from boreal.errors import ProcessFailed
@@ -90,6 +99,8 @@ class Cold:
 
     fill_s: float
     drain_s: float
+    settle_s: float | None
+    """From then until the pages were stored; None: they were not in time."""
     scan: Scan
     chain: int
     """Records on each page looked up since its base."""
@@ -106,6 +117,8 @@ def measure(engine: Engine, boreal: Boreal, *, scale: int, lookups: int, chain: 
     fill_s = time.monotonic() - began
     say(f"filled in {fill_s:.0f} s; waiting for the index")
     drain_s = drain(boreal)
+    say("waiting for the pages to be stored")
+    settle_s = settle(boreal)
     scan = _scan(boreal)
     say(f"sequential: {scan.table_bytes / 1e6:.0f} MB in {scan.seconds:.1f} s: "
         f"{scan.mb_per_s:.0f} MB/s")  # fmt: skip
@@ -124,6 +137,7 @@ def measure(engine: Engine, boreal: Boreal, *, scale: int, lookups: int, chain: 
     return Cold(
         fill_s=fill_s,
         drain_s=drain_s,
+        settle_s=settle_s,
         scan=scan,
         chain=made,
         heap_miss=heap,

@@ -24,6 +24,7 @@ DIRECTORY = Path("/var/tmp")
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DRAINED_BYTES = 64 * 1024
 _DRAIN_S = 1800.0
+_SETTLE_S = 600.0
 
 
 @contextlib.contextmanager
@@ -76,6 +77,19 @@ def drain(boreal: Boreal) -> float:
             return waited_s
         time.sleep(0.2)
     raise ProcessFailed(f"storage did not index its log within {_DRAIN_S:.0f} s")
+
+
+def settle(boreal: Boreal) -> float | None:
+    """Wait until every storage node has stored the pages a load left; how long that took.
+
+    None if they were still at it when the wait was given up.
+    """
+    began = time.monotonic()
+    while (waited_s := time.monotonic() - began) < _SETTLE_S:
+        if boreal.unsettled_layers() == 0:
+            return waited_s
+        time.sleep(0.5)
+    return None
 
 
 def write_result(results: Path, name: str, content: Mapping[str, object]) -> Path:

@@ -27,10 +27,16 @@ from boreal import cluster, process_tree
 from boreal.cluster import free_ports
 from boreal.command import status
 from boreal.engine import Engine
-from boreal.errors import Internal, NotNow, ProcessFailed
+from boreal.errors import BorealError, Internal, NotNow, ProcessFailed
 from boreal.processes import LocalProcesses
 from boreal.quorum import SIX_WAY
-from boreal.rpc import compute_pb2, compute_pb2_grpc
+from boreal.rpc import (
+    compute_pb2,
+    compute_pb2_grpc,
+    control_pb2,
+    storage_pb2,
+    storage_pb2_grpc,
+)
 from boreal.rpc.edge import calling, open_channel
 from boreal.waiting import wait_until
 
@@ -300,6 +306,19 @@ class Boreal:
         found = status.to_json(asyncio.run(status.gather(cluster.load(self._directory))))
         return read_storage_state(found)
 
+    def unsettled_layers(self) -> int | None:
+        """Layers of the page index, at the node that has most, whose pages wait to be stored.
+
+        None if a node, or the control plane, does not answer.
+        """
+        found = asyncio.run(status.gather(cluster.load(self._directory))).cluster
+        if found is None or len(found.storage) < SIX_WAY.copies:
+            return None
+        try:
+            return asyncio.run(_most_unsettled(found))
+        except BorealError:
+            return None
+
     def take_bundle(self) -> None:
         """Have the writer take a bundle, if the moment allows it."""
         with suppress(NotNow):
@@ -355,6 +374,21 @@ async def _take_bundle(agent: str) -> None:
         stub: compute_pb2_grpc.ComputeAsyncStub = compute_pb2_grpc.ComputeStub(channel)
         with calling("db-1", "TakeBundle"):
             await stub.TakeBundle(compute_pb2.TakeBundleRequest(), timeout=_COMMAND_S)
+
+
+async def _most_unsettled(found: control_pb2.ClusterStatus) -> int:
+    request = storage_pb2.GetIndexStateRequest(volume=found.volume)
+    most = 0
+    for report in found.storage:
+        node = report.node
+        async with open_channel(node.addresses.pages) as channel:
+            stub: storage_pb2_grpc.StoragePagesAsyncStub = storage_pb2_grpc.StoragePagesStub(
+                channel
+            )
+            with calling(node.name, "GetIndexState"):
+                state = await stub.GetIndexState(request, timeout=_COMMAND_S)
+            most = max(most, state.unsettled)
+    return most
 
 
 def read_storage_state(found: Any) -> StorageState | None:

@@ -1,4 +1,5 @@
-"""A volume's work in the background: layers are sealed, long chains shortened, old log retired.
+"""A volume's work in the background: layers are sealed, long chains shortened, old log retired,
+and pages settled once the log is quiet (storage_node.settle).
 
 One task seals, for the ingest may be waiting for that; another does the rest. They give way every
 two milliseconds or so to page reads and to the ingest. What they write goes to the disk in few,
@@ -25,6 +26,7 @@ from storage_node.index import PageIndex
 from storage_node.layer_file import LayerImage, SealedLayer
 from storage_node.materialize import Materializer, Path
 from storage_node.retire import Retirement
+from storage_node.settle import QUIET_S, Settling
 from storage_node.shared_state import SharedState
 from storage_node.versions import version_row
 
@@ -94,8 +96,10 @@ class Compaction:
         retirement: Retirement,
         chain_records: int,
         on_sealed: Callable[[], None],
+        quiet_s: float = QUIET_S,
     ) -> None:
-        """`on_sealed` is called when another layer may be frozen."""
+        """`on_sealed` is called when another layer may be frozen. The log is quiet after
+        `quiet_s`."""
         self._volume = volume
         self._index = index
         self._materializer = materializer
@@ -103,6 +107,10 @@ class Compaction:
         self._retirement = retirement
         self._long = max(chain_records // 2, 1)
         self._on_sealed = on_sealed
+        self._settling = Settling(
+            index=index, materializer=materializer, chain_records=self._long, quiet_s=quiet_s
+        )
+        self._idle_s = min(_IDLE_S, quiet_s)
         self._counts = ChainCounts(self._long)
         self._candidates: dict[bytes, None] = {}
         self._awake = asyncio.Event()
@@ -146,7 +154,7 @@ class Compaction:
                     continue
                 self._waiting += 1
                 try:
-                    async with asyncio.timeout(_IDLE_S):
+                    async with asyncio.timeout(self._idle_s):
                         await awake.wait()
                 except TimeoutError:
                     continue
@@ -157,6 +165,11 @@ class Compaction:
     def idle(self) -> bool:
         """Whether there is nothing to do for the moment."""
         return self._waiting == _TASKS and not self._awake.is_set() and not self._frozen.is_set()
+
+    @property
+    def unsettled(self) -> int:
+        """Layers with pages that wait for the log to be quiet (storage_node.settle)."""
+        return self._settling.unsettled
 
     async def _seal(self) -> bool:
         frozen = self._index.frozen
@@ -178,7 +191,9 @@ class Compaction:
             self._counted = True
         await self._shorten()
         await self._retire()
-        return bool(self._index.layer.hot or self._candidates)
+        if self._index.layer.hot or self._candidates:
+            return True
+        return await self._settling.run()
 
     def _consider(self, keys: Iterable[bytes]) -> None:
         for key in keys:

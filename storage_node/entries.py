@@ -43,6 +43,9 @@ class Kind(IntEnum):
     """The record truncates the heap: bits past the cut are cleared on this map page."""
 
 
+_KINDS = tuple(Kind)
+
+
 def start_of(entry: int) -> Lsn:
     """Where the entry's record begins."""
     return Lsn(entry & ~_KIND_BITS)
@@ -50,7 +53,7 @@ def start_of(entry: int) -> Lsn:
 
 def kind_of(entry: int) -> Kind:
     """What the record does to the page."""
-    return Kind(entry & _KIND_BITS)
+    return _KINDS[entry & _KIND_BITS]
 
 
 def raw_key(page: PageKey) -> bytes:

@@ -269,15 +269,21 @@ class PageIndex:
         self.frozen = None
 
     async def store(
-        self, rows: Sequence[tuple[bytes, bytes]], superseded: Sequence[tuple[bytes, int]] = ()
+        self,
+        rows: Sequence[tuple[bytes, bytes]],
+        superseded: Sequence[tuple[bytes, int]] = (),
+        needless: Sequence[bytes] = (),
     ) -> None:
-        """Make versions durable; delete those of `superseded` pages below an LSN."""
+        """Make versions durable; delete those of `superseded` pages below an LSN, and those whose
+        keys are `needless`."""
 
         def work() -> None:
             with self._environment.begin(write=True) as transaction:
                 cursor = transaction.cursor(self.tables.versions)
                 for key, lsn in superseded:
                     delete_older(cursor, key, lsn)
+                for key in needless:
+                    transaction.delete(key, db=self.tables.versions)
                 cursor.putmulti(rows)
 
         await self._write(work)

@@ -60,6 +60,21 @@ def layer_path(directory: Path, begin: Lsn, end: Lsn) -> Path:
     return directory / f"{begin:016X}-{end:016X}{SUFFIX}"
 
 
+def in_order(layer: OpenLayer) -> Iterator[tuple[bytes, bytes]]:
+    """Each page's key on disk and in memory, in the order of the former.
+
+    Not to be gone on with once something was added to the layer.
+    """
+    forks = [(fork_key(fork_of_part(part)), part, blocks) for part, blocks in layer.forks()]
+    for prefix, part, blocks in sorted(forks):
+        ranges: dict[int, list[int]] = {}
+        for block in blocks:
+            ranges.setdefault(block >> _SORTED_AT_ONCE, []).append(block)
+        for number in sorted(ranges):
+            for block in sorted(ranges[number]):
+                yield prefix + block.to_bytes(4, "big"), raw_key_of(part, block)
+
+
 class LayerImage:
     """Makes a layer's file out of a frozen layer, in steps of a millisecond or so."""
 
@@ -82,7 +97,7 @@ class LayerImage:
         entries = array("Q")
         mask = len(self._filter) * 8 - 1
         turn = 0
-        for key, raw in self._in_order():
+        for key, raw in in_order(self._layer):
             history = self._layer.entries(raw)
             keys.append(key)
             entries.extend(history)
@@ -122,19 +137,6 @@ class LayerImage:
             os.fsync(file.fileno())
         sync_directory(directory)
         return path
-
-    def _in_order(self) -> Iterator[tuple[bytes, bytes]]:
-        """Each page's key on disk and in memory, in the order of the former."""
-        forks = [
-            (fork_key(fork_of_part(part)), part, blocks) for part, blocks in self._layer.forks()
-        ]
-        for prefix, part, blocks in sorted(forks):
-            ranges: dict[int, list[int]] = {}
-            for block in blocks:
-                ranges.setdefault(block >> _SORTED_AT_ONCE, []).append(block)
-            for number in sorted(ranges):
-                for block in sorted(ranges[number]):
-                    yield prefix + block.to_bytes(4, "big"), raw_key_of(part, block)
 
     def _add_block(self, keys: list[bytes], ends: array[int], entries: array[int]) -> None:
         body = b"".join(keys) + ends.tobytes() + entries.tobytes()

@@ -307,6 +307,20 @@ class LogReader:
         BelowLogStart or BeyondLog outside the log (BeyondLog also while it is being cut: ask
         again); CorruptWal if they don't match their checksums, then they are never returned.
         """
+        shared = self._shared
+        page = self._pages.get(start // PAGE_BYTES)
+        if page is not None:
+            # As most records are read: out of a page that was checked before. The generation last:
+            # if no cut has been completed by then, what `scl` said of these bytes was true.
+            skip = start % PAGE_BYTES
+            stop = skip + end - start
+            if (
+                skip < stop <= PAGE_BYTES
+                and end <= shared.scl
+                and start >= self._start == shared.start
+                and shared.generation == self._generation
+            ):
+                return page[skip:stop]
         for _ in range(_READ_ATTEMPTS):
             generation = self._shared.generation
             self.release_dropped()

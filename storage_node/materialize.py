@@ -26,6 +26,8 @@ from storage_node.versions import Version
 
 CACHED_PAGES = 1024
 """8 MiB a volume."""
+_CACHED_RECORDS = 256
+_CACHED_RECORD_BYTES = 4 * 1024 * 1024
 
 _log = structlog.get_logger(__name__)
 
@@ -93,6 +95,12 @@ class Materializer:
         self._redo = redo
         self._cache: OrderedDict[tuple[bytes, int], tuple[bytes, Lsn]] = OrderedDict()
         self._cached_pages = cached_pages
+        self._records: dict[Lsn, WalRecord] = {}
+        """By their start, the oldest first: those that are wanted again soon, as those of several
+        pages are when pages are read in order. What is indexed never changes."""
+        self._record_bytes = 0
+        self.reads = 0
+        """Calls of `page`. Grows."""
         self.longest_chain = 0
         """The most records that lay between a page asked for and its base. Set it back at will."""
 
@@ -102,6 +110,7 @@ class Materializer:
         Raises NotMaterializable where redo does not know a record on its path, CorruptData or
         CorruptWal where something it rests on is damaged. `lsn` must be within what is indexed.
         """
+        self.reads += 1
         size = view.size(page.relation, lsn)
         if size is None or page.block >= size:
             return None
@@ -147,7 +156,7 @@ class Materializer:
             if kind not in {Kind.BASE, Kind.UNKNOWN}:
                 continue
             start = start_of(entry)
-            if number == len(entries) - 1 and record_at(self._read_log, start, limit).end > lsn:
+            if number == len(entries) - 1 and self._record(start, limit, again=True).end > lsn:
                 entries.pop()
             elif kind is Kind.UNKNOWN:
                 raise _unknown(page, start)
@@ -200,7 +209,7 @@ class Materializer:
     def _apply(self, content: bytearray, path: Path, entry: int) -> Lsn:
         """Apply one record unless it ends past the path's LSN; its end."""
         start, page = start_of(entry), path.page
-        record = record_at(self._read_log, start, path.limit)
+        record = self._record(start, path.limit)
         if record.end > path.lsn:
             return record.end
         kind = kind_of(entry)
@@ -215,6 +224,24 @@ class Materializer:
         else:
             self._redo_block(content, record, _block_of(record, page))
         return record.end
+
+    def _record(self, start: Lsn, limit: Lsn, *, again: bool = False) -> WalRecord:
+        """The record that begins at `start`, its CRC checked when it was read.
+
+        `again`: it will be asked for again even if it is of one page.
+        """
+        record = self._records.get(start)
+        if record is not None:
+            return record
+        record = record_at(self._read_log, start, limit)
+        if again or len(record.blocks) > 1:
+            records = self._records
+            records[start] = record
+            self._record_bytes += record.end - start
+            while len(records) > _CACHED_RECORDS or self._record_bytes > _CACHED_RECORD_BYTES:
+                dropped = records.pop(next(iter(records)))
+                self._record_bytes -= dropped.end - dropped.start
+        return record
 
     def _redo_block(self, content: bytearray, record: WalRecord, block: BlockRef) -> None:
         step = self._redo.step(record, block)

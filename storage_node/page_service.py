@@ -106,6 +106,7 @@ class PageService(storage_pb2_grpc.StoragePagesServicer):
             state.retired_lsn = gauges.retired
             state.lowest_lsn = gauges.lowest
             state.layers = gauges.layers
+            state.unsettled = gauges.unsettled
             state.versions = gauges.versions
             state.longest_chain = gauges.longest_chain
             state.refused_pages = gauges.refused_pages

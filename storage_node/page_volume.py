@@ -59,6 +59,8 @@ class IndexGauges:
     """Pages can be had as of this LSN and later ones."""
     layers: int
     """Sealed ones."""
+    unsettled: int
+    """Layers with pages to be stored once the log is quiet, the open one included."""
     versions: int
     """Stored pages, besides the imported ones."""
     longest_chain: int
@@ -203,6 +205,7 @@ class PageVolume:
             retired=made.index.retired,
             lowest=made.index.lowest,
             layers=len(made.index.layers),
+            unsettled=made.compaction.unsettled,
             versions=made.index.version_count,
             longest_chain=made.materializer.longest_chain,
             refused_pages=made.retirement.refused,

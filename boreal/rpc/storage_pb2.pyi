@@ -639,6 +639,7 @@ class IndexState(_message.Message):
     LONGEST_CHAIN_FIELD_NUMBER: _builtins.int
     REFUSED_PAGES_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    UNSETTLED_FIELD_NUMBER: _builtins.int
     indexed_lsn: _builtins.int
     log_scl: _builtins.int
     failure: _builtins.str
@@ -659,6 +660,8 @@ class IndexState(_message.Message):
     """given up when log was retired, since the page process began"""
     held: _builtins.str
     """why no log is retired though it is time; empty in health"""
+    unsettled: _builtins.int
+    """layers whose pages are stored once the log is quiet; 0: all are"""
     def __init__(
         self,
         *,
@@ -673,10 +676,11 @@ class IndexState(_message.Message):
         longest_chain: _builtins.int = ...,
         refused_pages: _builtins.int = ...,
         held: _builtins.str = ...,
+        unsettled: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "held", b"held", "indexed_lsn", b"indexed_lsn", "lag_bytes", b"lag_bytes", "layers", b"layers", "log_scl", b"log_scl", "longest_chain", b"longest_chain", "lowest_lsn", b"lowest_lsn", "refused_pages", b"refused_pages", "retired_lsn", b"retired_lsn", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "held", b"held", "indexed_lsn", b"indexed_lsn", "lag_bytes", b"lag_bytes", "layers", b"layers", "log_scl", b"log_scl", "longest_chain", b"longest_chain", "lowest_lsn", b"lowest_lsn", "refused_pages", b"refused_pages", "retired_lsn", b"retired_lsn", "unsettled", b"unsettled", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,7 @@ from boreal.types import Lsn, PageKey
 from storage_node.page_store import PageStore
 from storage_node.redo import Redo
 from storage_node.segment import Segment, VolumeFacts
+from storage_node.settle import QUIET_S
 from tests.storage_node.history import History, HistoryRedo, State
 from tests.storage_node.page_volume_kit import EPOCH, VOLUME, WAIT_S, Indexed, storage_config
 
@@ -37,7 +38,11 @@ def history_store(segment: Segment, history: History) -> PageStore:
 
 
 def open_history(
-    segment: Segment, redo: Redo | None = None, *, retain_bytes: int = RETAIN_BYTES
+    segment: Segment,
+    redo: Redo | None = None,
+    *,
+    retain_bytes: int = RETAIN_BYTES,
+    quiet_s: float = QUIET_S,
 ) -> Indexed:
     """The volume's parts; what is on disk decides what they begin with."""
     return Indexed(
@@ -46,6 +51,7 @@ def open_history(
         redo=redo or HistoryRedo(),
         retain_bytes=retain_bytes,
         chain_records=CHAIN_RECORDS,
+        quiet_s=quiet_s,
     )
 
 

@@ -20,6 +20,7 @@ from storage_node.redo import Redo
 from storage_node.redo.native import NativeRedo
 from storage_node.retire import Retirement
 from storage_node.segment import Segment, VolumeFacts
+from storage_node.settle import QUIET_S
 from tests.storage_node.recorded_run import RecordedRun
 
 VOLUME = VolumeId("volume-1")
@@ -106,6 +107,7 @@ class Indexed:
         redo: Redo | None = None,
         retain_bytes: int = RETAIN_LOG_BYTES,
         chain_records: int = CHAIN_RECORDS,
+        quiet_s: float = QUIET_S,
     ) -> None:
         self.segment = segment
         self.store = store
@@ -144,6 +146,7 @@ class Indexed:
             retirement=self.retirement,
             chain_records=chain_records,
             on_sealed=self.ingest.wake,
+            quiet_s=quiet_s,
         )
         self.ingest.on_work = self.compaction.wake
 
