@@ -36,6 +36,9 @@ VERSIONS_A_COMMIT: Final = 256
 """2 MiB at most."""
 CANDIDATES: Final = 100_000
 """Pages waiting for a look at their chains; more than that are met again."""
+BUSY_LOOKS: Final = 8
+"""So often a page comes up before it gets a version while the log grows: with chains of 64 it is
+256 records behind then, a few milliseconds for whoever reads it."""
 _RETRY_S = 1.0
 _HELD_S = 30.0
 """Before retirement that met what it must not pass tries again."""
@@ -83,7 +86,8 @@ class Compaction:
 
     No chain grows past `chain_records`, except for the moments until this task gets to it: a page
     is looked at whenever the open layer has half as many new records of it, and when the sealed
-    ones may have, and gets a version if it is that many behind its last.
+    ones may have, and gets a version if it is that many behind its last. While the log keeps
+    growing commits come first, so that is put off until the page is `BUSY_LOOKS` times as far.
     """
 
     def __init__(
@@ -112,7 +116,8 @@ class Compaction:
         )
         self._idle_s = min(_IDLE_S, quiet_s)
         self._counts = ChainCounts(self._long)
-        self._candidates: dict[bytes, None] = {}
+        self._candidates: dict[bytes, int] = {}
+        """Pages to look at, and how often they came up."""
         self._awake = asyncio.Event()
         self._frozen = asyncio.Event()
         self._waiting = 0
@@ -164,7 +169,8 @@ class Compaction:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do for the moment."""
-        return self._waiting == _TASKS and not self._awake.is_set() and not self._frozen.is_set()
+        waiting = self._waiting == _TASKS and not self._awake.is_set()
+        return waiting and not self._frozen.is_set() and not self._candidates
 
     @property
     def unsettled(self) -> int:
@@ -191,14 +197,13 @@ class Compaction:
             self._counted = True
         await self._shorten()
         await self._retire()
-        if self._index.layer.hot or self._candidates:
-            return True
-        return await self._settling.run()
+        return bool(self._index.layer.hot) or await self._settling.run()
 
     def _consider(self, keys: Iterable[bytes]) -> None:
+        candidates = self._candidates
         for key in keys:
-            if len(self._candidates) < CANDIDATES:
-                self._candidates[key] = None
+            if key in candidates or len(candidates) < CANDIDATES:
+                candidates[key] = candidates.get(key, 0) + 1
 
     async def _shorten(self) -> None:
         """Give a version to every page far behind its last."""
@@ -208,8 +213,8 @@ class Compaction:
         rows: list[tuple[bytes, bytes]] = []
         self._materializer.longest_chain = 0
         until = time.monotonic() + SLICE_S
-        while self._candidates:
-            key = next(iter(self._candidates))
+        least = 1 if self._settling.quiet else BUSY_LOOKS
+        for key in [key for key, looks in self._candidates.items() if looks >= least]:
             del self._candidates[key]
             path = self._long_path(key)
             while path is not None and not path.complete:

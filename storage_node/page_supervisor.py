@@ -13,7 +13,7 @@ _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 10.0
 _HEALTHY_SECONDS = 30.0
 """One that lived so long did not fail at its start: begin with the short pause again."""
-_NOTIFY_DELAY_SECONDS = 0.02
+_NOTIFY_DELAY_SECONDS = 0.2
 """Appends within it wake the page process once. The index may be that much behind: whoever waits
 for a page asks for it there, which wakes it, too."""
 

@@ -105,7 +105,7 @@ class Settling:
 
         lmdb.Error, OSError: they could not be stored; they will be met again.
         """
-        if not self._quiet():
+        if not self.quiet:
             return False
         sweep = self._begin()
         if sweep is None:
@@ -123,7 +123,9 @@ class Settling:
 
     # --- when ----------------------------------------------------------------------------------
 
-    def _quiet(self) -> bool:
+    @property
+    def quiet(self) -> bool:
+        """Whether no log has come for a while."""
         if self._disturbed():
             self._indexed, self._since = self._index.indexed, time.monotonic()
         return self._index.frozen is None and time.monotonic() - self._since >= self._quiet_s
