@@ -38,8 +38,11 @@ __all__ = [
 WINDOW_BYTES = 64 * 1024 * 1024
 VDL_DELAY_S = 0.02
 """An idle writer tells the nodes its last VDL after this time; a busy one with the next batch."""
-GATHERING_S = 0.001
-"""So long a wave gathers after one that was crowded (the resolution of the loop's timers)."""
+LEAST_GATHERING_S = 0.001
+"""So long a wave gathers after one that was crowded, at least: the loop's timers go no finer."""
+MOST_GATHERING_S = 0.010
+_SMOOTHING = 8
+"""Waves that count for how long one takes."""
 
 _DEFAULT_TIMING = LinkTiming()
 
@@ -93,6 +96,9 @@ class Shipper:
         self._room.set()
         self._vdl_timer: asyncio.TimerHandle | None = None
         self._patience: asyncio.TimerHandle | None = None
+        self._wave_began_at: float | None = None
+        self._wave_took_s = 0.0
+        """Until its quorum, smoothed."""
         self.set_members(members)
 
     async def run(self) -> NoReturn:
@@ -204,6 +210,10 @@ class Shipper:
             self._fenced.set()
 
     def _vdl_advanced(self, vdl: Lsn) -> None:
+        if self._wave_began_at is not None and vdl >= self._outbox.wave_end:
+            took_s = asyncio.get_running_loop().time() - self._wave_began_at
+            self._wave_took_s += (took_s - self._wave_took_s) / _SMOOTHING
+            self._wave_began_at = None
         self._on_vdl(vdl)
         self._begin_wave()
         if self._outbox.roomy:
@@ -213,10 +223,14 @@ class Shipper:
 
     def _begin_wave(self, *, patient: bool = True) -> None:
         if self._outbox.begin_wave(patient=patient):
+            self._wave_began_at = asyncio.get_running_loop().time()
             for link in self._links.values():
                 link.kick()
         elif self._outbox.gathering and self._patience is None:
-            self._patience = asyncio.get_running_loop().call_later(GATHERING_S, self._lose_patience)
+            # As long as a wave takes: that is more the busier the machine is, and fewer and larger
+            # waves are what relieves it.
+            gathering_s = min(max(self._wave_took_s, LEAST_GATHERING_S), MOST_GATHERING_S)
+            self._patience = asyncio.get_running_loop().call_later(gathering_s, self._lose_patience)
 
     def _lose_patience(self) -> None:
         self._patience = None
