@@ -106,8 +106,8 @@ class Retirement:
             return None
         # Layers end where records do: as of such an LSN no record is half in.
         below = [layer for layer in self._index.layers if layer.end <= floor]
-        if not below:
-            return None
+        if not below or below[-1].end < self._index.lowest:
+            return None  # a floor lower than before, after a restart: it will be back there
         return _Job(below[: (len(below) + 1) // 2], below[-1].end)
 
     # --- pages ---------------------------------------------------------------------------------

@@ -30,6 +30,10 @@ def primary() -> Iterator[StockPostgres]:
 
 @asynccontextmanager
 async def stream_of(primary: StockPostgres) -> AsyncIterator[WalStream]:
+    async with asyncio.timeout(10):
+        # The walsender of the stream before may still hold the slot.
+        while primary.run("SELECT 1 FROM pg_stat_activity WHERE backend_type = 'walsender'"):
+            await asyncio.sleep(0.01)
     stream = await WalStream.connect(
         socket_dir=primary.socket_directory, port=5432, user="postgres"
     )
