@@ -59,7 +59,9 @@ def scl(cluster: LocalCluster, name: str) -> int:
 def spoil_newest_bundle(cluster: LocalCluster) -> None:
     """Take the control file out of it, on every node: it is whole, and nothing starts from it."""
     for directory in cluster.directory.glob("sn-*/volumes/vol-*/bundles/manifests"):
-        newest = max(directory.iterdir())
+        newest = max(directory.iterdir(), default=None)
+        if newest is None:
+            continue  # of a volume whose creation was tried again
         bundle = storage_pb2.BundleManifest.FromString(newest.read_bytes()[4:])
         files = [file for file in bundle.files if file.path != "global/pg_control"]
         assert len(files) == len(bundle.files) - 1
