@@ -193,14 +193,14 @@ class Settling:
         return False
 
     def _slice(self, sweep: _Sweep) -> int | None:
-        """Work for one slice; the pages looked at, None if there are no more.
+        """Work for one slice, a page at least; the pages looked at, None if there are no more.
 
         CorruptData if the layer is damaged.
         """
         until = time.monotonic() + SLICE_S
         looked = 0
         with self._index.view() as view:
-            while time.monotonic() < until and len(self._rows) < VERSIONS_A_COMMIT:
+            while len(self._rows) < VERSIONS_A_COMMIT:
                 if sweep.path is None:
                     key, entry = next(sweep.pages, (b"", 0))
                     if not key:
@@ -209,6 +209,8 @@ class Settling:
                     sweep.path = self._look(sweep, view, key, entry)
                 if sweep.path is not None:
                     sweep.path = self._walk(view, sweep.path)
+                if time.monotonic() >= until:
+                    break
         return looked
 
     def _look(self, sweep: _Sweep, view: IndexView, key: bytes, entry: int) -> Path | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from boreal.pages.layout import HEADER_BYTES, PageHeader, is_zero
 from boreal.pages.masks import PageKind, mask_page
 
+_SPGIST_META_BLOCK = 0
+_SPGIST_LAST_USED_PAGES = slice(28, 92)  # SpGistMetaPageData: 8 pairs of (block, free space)
 _SEQUENCE_TUPLE_HEADER_BYTES = 24
 _SEQUENCE_COUNTERS_BYTES = 16  # FormData_pg_sequence_data: last_value, log_cnt
 
@@ -27,6 +29,9 @@ def same_page(stored: bytes, engine: bytes, kind: PageKind, block: int) -> bool:
         mask_page(page, kind, block)
         if kind is PageKind.SEQUENCE:
             _blank_counters(page)
+        if kind is PageKind.SPGIST and block == _SPGIST_META_BLOCK:
+            # Where there may be room, kept without log (SpGistUpdateMetaPage, spgutils.c).
+            page[_SPGIST_LAST_USED_PAGES] = bytes(64)
     return one == other
 
 

@@ -159,7 +159,7 @@ def test_postgres_runs_unprivileged_and_secrets_are_closed(cluster: LocalCluster
 
 
 def test_a_storage_nodes_log_is_postgres_wal(cluster: LocalCluster) -> None:
-    (volume,) = (cluster.directory / "sn-1" / "volumes").iterdir()
+    volume = cluster.directory / "sn-1" / "volumes" / cluster.status()["volume"]["id"]
     newest = max((volume / "log").glob("0*[0-9A-F]"), key=lambda path: path.name[8:])
     done = subprocess.run(
         [str(cluster.engine.tool("pg_waldump")), "--limit=5", str(newest)],

@@ -32,6 +32,7 @@ from boreal.errors import BadUsage, ProcessFailed
 from boreal.processes import LocalProcesses
 from boreal.rpc import common_pb2, compute_pb2, compute_pb2_grpc
 from boreal.rpc.edge import make_server
+from boreal.waiting import wait_until
 
 SLEEPER = (sys.executable, "-S", "-c", "import time; print('slept', flush=True); time.sleep(60)")
 _Context = aio.ServicerContext[Any, Any]
@@ -140,6 +141,8 @@ def processes(config: cluster.ClusterConfig) -> LocalProcesses:
     local = LocalProcesses(config.data_dir)
     for name in ("sn-1", "db-1"):
         local.start(name, SLEEPER)
+        written = local.log_path(name).read_text  # by now or a little later
+        wait_until(written, timeout_s=20, otherwise=AssertionError)
     return local
 
 

@@ -258,6 +258,17 @@ def test_a_heap_page_without_tuples_may_be_missing() -> None:
     assert not same_page(missing, bytes(empty), PageKind.GENERIC, 0)
 
 
+def test_an_spgist_metapage_may_know_other_pages_with_room() -> None:
+    meta = bytearray(PAGE_BYTES)
+    struct.pack_into("<IIHHHHHHI", meta, 0, 0, 0, 0, 0, 92, 8184, 8184, 0x2004, 0)
+    struct.pack_into("<I", meta, 24, 0xBA0BABEE)
+    for at, may_differ in ((24, False), (28, True), (91, True), (8190, False)):
+        changed = bytearray(meta)
+        changed[at] ^= 1
+        assert same_page(bytes(meta), bytes(changed), PageKind.SPGIST, 0) == may_differ
+        assert not same_page(bytes(meta), bytes(changed), PageKind.SPGIST, 1)
+
+
 # --- pages that are none -------------------------------------------------------------------------
 
 

@@ -157,7 +157,8 @@ async def _same_lsns(
         count=len(snapshot.files[fork]) // PAGE_BYTES,
         lsn=snapshot.lsn,
     )
-    pages = b"".join([images.pages async for images in stub.GetPages(request, timeout=WAIT_S)])
+    answers = stub.GetPages(request, timeout=WAIT_S, wait_for_ready=True)
+    pages = b"".join([images.pages async for images in answers])
     wanted = snapshot.files[fork]
     assert len(pages) == len(wanted)
     for at in range(0, len(pages), PAGE_BYTES):

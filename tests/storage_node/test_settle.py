@@ -17,6 +17,7 @@ import pytest
 from boreal.errors import NotMaterializable
 from boreal.types import BlockNumber, Lsn, PageKey
 from boreal.wal import BlockRef, WalRecord
+from storage_node import settle
 from storage_node.entries import PAGE_KEY_BYTES
 from storage_node.index import IndexView, PageIndex
 from tests.storage_node.history import History, HistoryRedo, make_history
@@ -169,7 +170,10 @@ async def test_it_waits_while_log_comes_and_goes_on_after(tmp_path: Path, histor
     parts.close()
 
 
-async def test_it_stops_when_log_comes(parts: Indexed, history: History) -> None:
+async def test_it_stops_when_log_comes(
+    parts: Indexed, history: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settle, "SLICE_S", 0)  # a page each
     settling = parts.compaction._settling
     async with running(parts) as ingest:
         await ingest.wait_for(history.wal.end, WAIT_S)
