@@ -7,7 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup up down test chaos oracle check format bench soak proto clean
+.PHONY: setup up down test chaos oracle check format bench soak failover lag readers proto clean
 
 setup: $(STAMP)
 
@@ -49,6 +49,15 @@ bench: setup       ## side by side with stock PostgreSQL (ARGS="--seconds 10")
 
 soak: setup        ## steady load for long: size, memory, errors (MINUTES=30)
 	@$(BIN)/python -m bench.soak --minutes $(MINUTES) $(ARGS)
+
+failover: setup    ## writers killed, frozen and moved under load; ledgers checked (ARGS="--planned 0")
+	@$(BIN)/python -m bench.failover $(ARGS)
+
+lag: setup         ## how far readers are behind a steady load (ARGS="--rate 500 --readers 3")
+	@$(BIN)/python -m bench.lag $(ARGS)
+
+readers: setup     ## how soon a new reader answers (ARGS="--mb 500 --readers 3")
+	@$(BIN)/python -m bench.readers $(ARGS)
 
 proto: setup       ## regenerate boreal/rpc from proto/
 	@$(BIN)/python proto/generate.py

@@ -27,6 +27,7 @@ class Kind(StrEnum):
     STORAGE_LOG = "storage log"
     STORAGE_PAGES = "storage pages"
     CONTROL = "control plane"
+    ENDPOINTS = "endpoints"
     RECEIVE = "standby receive"
     REPLAY = "standby replay"
     STANDBY = "standby other"

@@ -101,7 +101,9 @@ def parse_summary(output: str) -> Summary:
     return Summary(
         transactions=int(figure(r"^number of transactions actually processed: (\d+)")),
         failed=int(figure(r"^number of failed transactions: (\d+)")),
-        tps=figure(r"^tps = ([\d.]+) \(without initial connection time\)"),
+        tps=figure(
+            r"^tps = ([\d.]+) \((?:without initial connection time|including reconnection times)\)"
+        ),
         latency_mean_ms=figure(r"^latency average = ([\d.]+) ms"),
     )
 
@@ -141,7 +143,7 @@ def run(
         command = [
             str(engine.tool("pgbench")),
             "--no-vacuum",
-            f"--builtin={cell.script}",
+            *cell.script.options,
             f"--client={cell.clients}",
             f"--jobs={min(cell.clients, _THREADS)}",
             f"--time={seconds}",

@@ -8,10 +8,18 @@ from enum import StrEnum
 
 
 class Script(StrEnum):
-    """pgbench's built-in scripts, by the names it knows them by."""
+    """What a client does, again and again."""
 
     SIMPLE_UPDATE = "simple-update"  # pgbench -N
     TPCB_LIKE = "tpcb-like"  # pgbench's default
+    CONNECT = "connect"  # pgbench -S -C: one row read over a connection of its own
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What tells pgbench."""
+        if self is Script.CONNECT:
+            return ("--builtin=select-only", "--connect")
+        return (f"--builtin={self}",)
 
 
 class SystemName(StrEnum):
@@ -19,6 +27,7 @@ class SystemName(StrEnum):
 
     BOREAL = "boreal"
     PAGES_STOPPED = "boreal-pages-stopped"
+    DIRECT = "boreal-direct"
     QUORUM = "stock-quorum"
     ALONE = "stock-alone"
 

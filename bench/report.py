@@ -139,7 +139,7 @@ def where_time_goes(outcomes: Sequence[Outcome], titles: Mapping[SystemName, str
                     f"{one.storage.ack_p50_ms:.2f} ms."
                 )
             lines.append(told)
-        lines += _cost_of_pages(cell, whole)
+        lines += _cost_of_pages(cell, whole) + _cost_of_endpoint(cell, whole)
     return lines
 
 
@@ -156,6 +156,21 @@ def _cost_of_pages(cell: Cell, whole: Mapping[SystemName, Measurement]) -> list[
             f"{bare.storage.ack_p99_ms:.2f} ms without"
         )
     return [text + "."]
+
+
+def _cost_of_endpoint(cell: Cell, whole: Mapping[SystemName, Measurement]) -> list[str]:
+    """What the writer endpoint costs, where clients also went past it."""
+    through, past = whole.get(SystemName.BOREAL), whole.get(SystemName.DIRECT)
+    if through is None or past is None or not past.load.summary.tps:
+        return []
+    lost = 1 - through.load.summary.tps / past.load.summary.tps
+    # The mean: what pgbench logs of a transaction, and so its p50, is without the connecting.
+    text = (
+        f"{cell}: the writer endpoint costs {lost:.1%} of the transactions; one takes "
+        f"{through.load.summary.latency_mean_ms:.2f} ms through it and "
+        f"{past.load.summary.latency_mean_ms:.2f} ms past it."
+    )
+    return [text]
 
 
 def as_json(outcomes: Sequence[Outcome], facts: Mapping[str, object]) -> str:

@@ -26,17 +26,12 @@ from bench.postgres import START_S, PostgresServer
 from boreal import cluster, process_tree
 from boreal.cluster import free_ports
 from boreal.command import status
+from boreal.command.remote import connect
 from boreal.engine import Engine
 from boreal.errors import BorealError, Internal, NotNow, ProcessFailed
 from boreal.processes import LocalProcesses
 from boreal.quorum import SIX_WAY
-from boreal.rpc import (
-    compute_pb2,
-    compute_pb2_grpc,
-    control_pb2,
-    storage_pb2,
-    storage_pb2_grpc,
-)
+from boreal.rpc import control_pb2, storage_pb2, storage_pb2_grpc
 from boreal.rpc.edge import calling, open_channel
 from boreal.waiting import wait_until
 
@@ -218,16 +213,23 @@ class Boreal:
 
     With `pages_stopped` the page processes of all storage nodes are frozen while a load runs: what
     is left is the way of a commit. Next to the whole it shows what indexing and background work
-    cost.
+    cost. With `direct` clients connect to the writer's own port instead of the writer endpoint:
+    next to the whole it shows what the endpoint costs.
     """
 
     def __init__(
-        self, directory: Path, *, pages_stopped: bool = False, options: Sequence[str] = ()
+        self,
+        directory: Path,
+        *,
+        pages_stopped: bool = False,
+        direct: bool = False,
+        options: Sequence[str] = (),
     ) -> None:
         """`options` are further ones for `boreal up`."""
         self._directory = directory
         self._options = options
         self._pages_stopped = pages_stopped
+        self._direct = direct
         self._target: Target | None = None
         self._processes = LocalProcesses(directory)
         directory.mkdir(mode=0o711)
@@ -241,6 +243,8 @@ class Boreal:
     def title(self) -> str:
         if self._pages_stopped:
             return "Boreal, its six page processes STOPPED during the load: nothing is indexed"
+        if self._direct:
+            return "Boreal, clients at the instance's own port instead of the writer endpoint"
         return "Boreal"
 
     @property
@@ -251,7 +255,9 @@ class Boreal:
 
     def start(self) -> None:
         self.command("up", "--port", str(free_ports(1)[0]), *self._options)
-        self._target = Target.parse(self.command("dsn").strip())
+        config = cluster.load(self._directory)
+        dsn = config.instance_dsn(self._status()["writer"]) if self._direct else config.dsn
+        self._target = Target.parse(dsn)
 
     def stop(self) -> None:
         if self._processes.names():
@@ -281,8 +287,7 @@ class Boreal:
         return [name for name in names if self._processes.status(name).alive]
 
     def _ships_to_all(self) -> bool:
-        (compute,) = self._status()["compute"]
-        links = [link["state"] for link in compute["links"]]
+        links = [link["state"] for link in self._writer()["links"]]
         return len(links) == SIX_WAY.copies and set(links) == {"streaming"}
 
     def pids(self) -> dict[str, int]:
@@ -298,8 +303,8 @@ class Boreal:
         return trees
 
     def shipped_bytes(self) -> int | None:
-        counts = [instance["shipped_bytes"] for instance in self._status()["compute"]]
-        return None if None in counts else sum(counts)
+        shipped: int | None = self._writer()["shipped_bytes"]
+        return shipped
 
     def storage_state(self) -> StorageState | None:
         # Not by the command: to start Python costs more than what is to be measured.
@@ -322,7 +327,7 @@ class Boreal:
     def take_bundle(self) -> None:
         """Have the writer take a bundle, if the moment allows it."""
         with suppress(NotNow):
-            asyncio.run(_take_bundle(cluster.load(self._directory).agent_address))
+            asyncio.run(_take_bundle(cluster.load(self._directory)))
 
     def under_load(self) -> AbstractContextManager[None]:
         return self._stopped_pages() if self._pages_stopped else nullcontext()
@@ -344,6 +349,11 @@ class Boreal:
         finally:
             for process in processes:
                 process_tree.send(process, signal.SIGCONT)
+
+    def _writer(self) -> Any:
+        """The writer's line of the status."""
+        found = self._status()
+        return next(row for row in found["compute"] if row["name"] == found["writer"])
 
     def _status(self) -> Any:
         return json.loads(self.command("status", "--json"))
@@ -369,11 +379,9 @@ class Boreal:
         return done.stdout
 
 
-async def _take_bundle(agent: str) -> None:
-    async with open_channel(agent) as channel:
-        stub: compute_pb2_grpc.ComputeAsyncStub = compute_pb2_grpc.ComputeStub(channel)
-        with calling("db-1", "TakeBundle"):
-            await stub.TakeBundle(compute_pb2.TakeBundleRequest(), timeout=_COMMAND_S)
+async def _take_bundle(config: cluster.ClusterConfig) -> None:
+    async with connect(config) as remote:
+        await remote.take_bundle()
 
 
 async def _most_unsettled(found: control_pb2.ClusterStatus) -> int:
@@ -420,7 +428,8 @@ def _boreal_kinds(name: str) -> tuple[Kind, Callable[[str], Kind]]:
         return Kind.STORAGE_LOG, lambda _: Kind.STORAGE_PAGES
     if name.startswith("db-"):
         return Kind.AGENT, writer_kind
-    return Kind.CONTROL, lambda _: Kind.CONTROL
+    kind = Kind.ENDPOINTS if name == cluster.ENDPOINTS else Kind.CONTROL
+    return kind, lambda _: kind
 
 
 def make_system(name: SystemName, engine: Engine, directory: Path) -> System:
@@ -430,6 +439,8 @@ def make_system(name: SystemName, engine: Engine, directory: Path) -> System:
             return Boreal(directory)
         case SystemName.PAGES_STOPPED:
             return Boreal(directory, pages_stopped=True)
+        case SystemName.DIRECT:
+            return Boreal(directory, direct=True)
         case SystemName.QUORUM:
             return StockQuorum(engine, directory)
         case SystemName.ALONE:

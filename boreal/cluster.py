@@ -17,15 +17,22 @@ from boreal.types import InstanceName, NodeName
 
 HOST = "127.0.0.1"
 POSTGRES_PORT = 54320
+"""The writer endpoint's; the reader endpoint's is the next one."""
 MASTER_USER = "boreal"
 DATABASE = "postgres"
 CONTROL = "control"
 """The control plane's name as a process."""
+ENDPOINTS = "endpoints"
+"""The name of the process that listens where clients connect."""
 
 ZONES = {"sn-1": "a", "sn-2": "a", "sn-3": "b", "sn-4": "b", "sn-5": "c", "sn-6": "c"}
-COMPUTE = InstanceName("db-1")
+MAX_INSTANCES = 16
+"""A writer and fifteen readers: as many as Aurora has."""
+DEFAULT_TIER = 1
+LAST_TIER = 15
 
 _LOWEST_PORT = 10_000
+_HIGHEST_PORT = 65_535
 _EPHEMERAL_DEFAULT = 32_768
 
 
@@ -41,14 +48,37 @@ class StorageEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceEntry:
+    """One instance: a PostgreSQL and its agent. Which one is the writer is not settled here."""
+
+    name: InstanceName
+    tier: int
+    """Who takes over first when the writer fails: 0 before 1, up to 15."""
+    agent_port: int
+    postgres_port: int
+    """Where this very instance serves SQL, whatever its role."""
+
+    @property
+    def agent_address(self) -> str:
+        """Its agent's gRPC address."""
+        return f"{HOST}:{self.agent_port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
-    """One local cluster. Everything in it listens on the loopback interface only."""
+    """One local cluster. Everything in it listens on the loopback interface only.
+
+    Invariant: one to sixteen instances; names and ports occur once.
+    """
 
     data_dir: Path
     postgres_port: int
+    """The writer endpoint's."""
+    reader_port: int
+    """The reader endpoint's."""
     control_port: int
-    agent_port: int
     storage: tuple[StorageEntry, ...]
+    compute: tuple[InstanceEntry, ...]
     master_password: str
     retain_log_mib: int | None = None
     """How much log below the floor each storage node keeps; None: what storage nodes think best."""
@@ -61,27 +91,45 @@ class ClusterConfig:
         return f"{HOST}:{self.control_port}"
 
     @property
-    def agent_address(self) -> str:
-        """The compute agent's gRPC address."""
-        return f"{HOST}:{self.agent_port}"
-
-    @property
     def password_file(self) -> Path:
         """The master password by itself, for the compute node."""
         return self.data_dir / "master-password"
 
     @property
     def dsn(self) -> str:
-        """The connection string of the master user at the writer."""
-        return (
-            f"postgresql://{MASTER_USER}:{self.master_password}@{HOST}:{self.postgres_port}"
-            f"/{DATABASE}"
-        )
+        """The connection string of the master user at the writer endpoint."""
+        return self._dsn_at(self.postgres_port)
+
+    @property
+    def reader_dsn(self) -> str:
+        """The same at the reader endpoint."""
+        return self._dsn_at(self.reader_port)
+
+    def instance_dsn(self, name: str) -> str:
+        """The same at one instance, whatever its role; BadUsage if there is none of that name."""
+        return self._dsn_at(self.instance(name).postgres_port)
+
+    def _dsn_at(self, port: int) -> str:
+        return f"postgresql://{MASTER_USER}:{self.master_password}@{HOST}:{port}/{DATABASE}"
+
+    def instance(self, name: str) -> InstanceEntry:
+        """The instance of that name; BadUsage, with the names there are, if there is none."""
+        for entry in self.compute:
+            if entry.name == name:
+                return entry
+        names = ", ".join(self.instance_names)
+        raise BadUsage(f"there is no instance {name} here; the instances are {names}")
+
+    @property
+    def instance_names(self) -> tuple[InstanceName, ...]:
+        """Every instance."""
+        return tuple(entry.name for entry in self.compute)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every process of the cluster, in the order people think of them."""
-        return (CONTROL, *(entry.name for entry in self.storage), COMPUTE)
+        storage = (entry.name for entry in self.storage)
+        return (CONTROL, ENDPOINTS, *storage, *self.instance_names)
 
     def save(self) -> None:
         """Write cluster.json and the password file, atomically, for the owner's eyes only."""
@@ -96,14 +144,15 @@ def load(data_dir: Path) -> ClusterConfig:
     path = data_dir / "cluster.json"
     try:
         raw = json.loads(path.read_text())
-        storage = tuple(StorageEntry(**entry) for entry in raw.pop("storage"))
         unknown = raw.keys() - {field.name for field in fields(ClusterConfig)}
         if unknown:
             raise BadUsage(
                 f"{path} was written by another version of Boreal: this one does not know "
                 f"{', '.join(sorted(unknown))}. Use that version, or another --data-dir"
             )
-        return ClusterConfig(data_dir=data_dir, storage=storage, **raw)
+        storage = tuple(StorageEntry(**entry) for entry in raw.pop("storage"))
+        compute = tuple(InstanceEntry(**entry) for entry in raw.pop("compute"))
+        return ClusterConfig(data_dir=data_dir, storage=storage, compute=compute, **raw)
     except FileNotFoundError:
         raise BadUsage(
             f"there is no cluster in {data_dir}; start one with `boreal up`, or name another "
@@ -113,14 +162,17 @@ def load(data_dir: Path) -> ClusterConfig:
         raise BadUsage(
             f"{path} belongs to another user; run boreal as the one who made it"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadUsage(f"{path} is not a cluster file: {error}") from error
 
 
-def create(data_dir: Path, *, postgres_port: int) -> ClusterConfig:
-    """Settle names, ports and a password for a new cluster. Writes nothing."""
-    ports = free_ports(2 + 3 * len(ZONES))
-    control_port, agent_port = ports[:2]
+def create(data_dir: Path, *, postgres_port: int, reader_port: int | None = None) -> ClusterConfig:
+    """Settle names, ports and a password for a new cluster of one instance. Writes nothing.
+
+    Without a `reader_port` it is the one after `postgres_port`, or any where that one is taken.
+    """
+    reader_port = reader_port or reader_port_for(postgres_port)
+    ports = free_ports(1 + 3 * len(ZONES), avoid=(postgres_port, reader_port))
     storage = tuple(
         StorageEntry(
             name=NodeName(name),
@@ -130,33 +182,80 @@ def create(data_dir: Path, *, postgres_port: int) -> ClusterConfig:
             pages_port=pages_port,
         )
         for (name, zone), log_port, frames_port, pages_port in zip(
-            ZONES.items(), ports[2::3], ports[3::3], ports[4::3], strict=True
+            ZONES.items(), ports[1::3], ports[2::3], ports[3::3], strict=True
         )
     )
-    return ClusterConfig(
+    config = ClusterConfig(
         data_dir=data_dir,
         postgres_port=postgres_port,
-        control_port=control_port,
-        agent_port=agent_port,
+        reader_port=reader_port,
+        control_port=ports[0],
         storage=storage,
+        compute=(),
         master_password=secrets.token_urlsafe(18),
     )
+    return with_instance(config)
+
+
+def reader_port_for(postgres_port: int) -> int:
+    """The reader endpoint's port next to that of the writer endpoint; any where it is taken."""
+    following = postgres_port + 1
+    if following <= _HIGHEST_PORT and is_free(following):
+        return following
+    return free_ports(1, avoid=[postgres_port])[0]
+
+
+# --- instances -----------------------------------------------------------------------------------
+
+
+def with_instance(config: ClusterConfig, tier: int = DEFAULT_TIER) -> ClusterConfig:
+    """Add an instance: the first free name, free ports. BadUsage if there are sixteen."""
+    names = [InstanceName(f"db-{number}") for number in range(1, MAX_INSTANCES + 1)]
+    free = [name for name in names if name not in config.instance_names]
+    if not free:
+        raise BadUsage(
+            f"a cluster has at most {MAX_INSTANCES} instances, a writer and "
+            f"{MAX_INSTANCES - 1} readers; `boreal remove-reader` makes room"
+        )
+    agent_port, postgres_port = free_ports(2, avoid=_all_ports(config))
+    entry = InstanceEntry(
+        name=free[0], tier=tier, agent_port=agent_port, postgres_port=postgres_port
+    )
+    compute = sorted((*config.compute, entry), key=lambda each: names.index(each.name))
+    return replace(config, compute=tuple(compute))
+
+
+def with_readers(config: ClusterConfig, readers: int) -> ClusterConfig:
+    """Add instances until there is one more than `readers`; takes none away."""
+    while len(config.compute) < readers + 1:
+        config = with_instance(config)
+    return config
+
+
+def without_instance(config: ClusterConfig, name: str) -> ClusterConfig:
+    """Take an instance out."""
+    compute = tuple(entry for entry in config.compute if entry.name != name)
+    return replace(config, compute=compute)
 
 
 # --- ports ---------------------------------------------------------------------------------------
 
 
 def internal_ports(config: ClusterConfig) -> tuple[int, ...]:
-    """Every port but PostgreSQL's: those nobody but Boreal needs to know."""
+    """Every port but the endpoints': those a user need not know."""
     return (
         config.control_port,
-        config.agent_port,
         *(
             port
             for entry in config.storage
             for port in (entry.log_port, entry.frames_port, entry.pages_port)
         ),
+        *(port for entry in config.compute for port in (entry.agent_port, entry.postgres_port)),
     )
+
+
+def _all_ports(config: ClusterConfig) -> tuple[int, ...]:
+    return (config.postgres_port, config.reader_port, *internal_ports(config))
 
 
 def with_free_ports(config: ClusterConfig) -> tuple[ClusterConfig, dict[int, int]]:
@@ -165,7 +264,7 @@ def with_free_ports(config: ClusterConfig) -> tuple[ClusterConfig, dict[int, int
     Only for a cluster of which nothing runs: a port of our own counts as taken too.
     """
     taken = [port for port in internal_ports(config) if not is_free(port)]
-    fresh = free_ports(len(taken), avoid=internal_ports(config))
+    fresh = free_ports(len(taken), avoid=_all_ports(config))
     moved = dict(zip(taken, fresh, strict=True))
 
     def now(port: int) -> int:
@@ -180,12 +279,12 @@ def with_free_ports(config: ClusterConfig) -> tuple[ClusterConfig, dict[int, int
         )
         for entry in config.storage
     )
-    return replace(
-        config,
-        control_port=now(config.control_port),
-        agent_port=now(config.agent_port),
-        storage=storage,
-    ), moved
+    compute = tuple(
+        replace(entry, agent_port=now(entry.agent_port), postgres_port=now(entry.postgres_port))
+        for entry in config.compute
+    )
+    control_port = now(config.control_port)
+    return replace(config, control_port=control_port, storage=storage, compute=compute), moved
 
 
 def is_free(port: int) -> bool:

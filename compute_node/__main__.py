@@ -48,6 +48,13 @@ async def serve(config: ComputeConfig) -> None:
 @click.option("--port", required=True, type=int, help="Of this agent's gRPC service.")
 @click.option("--postgres-port", required=True, type=int)
 @click.option(
+    "--tier",
+    type=click.IntRange(0, 15),
+    default=1,
+    show_default=True,
+    help="Failover priority; 0 comes first.",
+)
+@click.option(
     "--password-file",
     required=True,
     type=click.Path(path_type=Path, exists=True),
@@ -62,6 +69,7 @@ def main(
     host: str,
     port: int,
     postgres_port: int,
+    tier: int,
     password_file: Path,
     cache_size: int,
     setting: tuple[str, ...],
@@ -76,6 +84,7 @@ def main(
         control=control,
         port=port,
         postgres_port=postgres_port,
+        tier=tier,
         master_password=password_file.read_text().strip(),
         cache_bytes=cache_size,
         settings=tuple((key, value) for key, _, value in pairs),

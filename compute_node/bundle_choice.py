@@ -9,7 +9,7 @@ _LIVES_PER_BUNDLE = 2
 
 
 class BundleChoice:
-    """The newest bundle; after lives that ended on their way from one to writing, an older one.
+    """The newest bundle; after lives that ended on their way from one to serving, an older one.
 
     Storage keeps a few, and replay brings all of them to the same end. Past the oldest it begins
     with the newest again.
@@ -21,12 +21,13 @@ class BundleChoice:
         self._tried = ANY_END
         self._failures = 0
 
-    def ended(self, end: Lsn, *, wrote: bool) -> None:
+    def ended(self, end: Lsn, *, served: bool) -> None:
         """A life that started from the bundle that ends at `end` (0: it got none) is over.
 
-        `wrote`: it became the writer, or was asked to stop; else it failed before that.
+        `served`: it took clients, as what it was ordered to be, or was asked to stop; else it
+        failed before that.
         """
-        if wrote:
+        if served:
             self.max_end, self._failures = ANY_END, 0
             return
         if not end:

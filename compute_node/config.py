@@ -30,6 +30,8 @@ class ComputeConfig:
     """Of the agent's own gRPC service."""
     postgres_port: int
     master_password: str
+    tier: int = 1
+    """Failover priority: 0 is appointed first, 15 last."""
     cache_bytes: int = 0
     """Soft bound on the relation files in PGDATA (`compute_node.cache`); 0: none."""
     settings: tuple[tuple[str, str], ...] = ()
@@ -54,3 +56,13 @@ class ComputeConfig:
     def feed_dir(self) -> Path:
         """The directory in which the feed listens, as libpq wants it."""
         return self.run_dir / "feed"
+
+    @property
+    def handover_dir(self) -> Path:
+        """The directory of the socket by which PostgreSQL takes connections accepted elsewhere."""
+        return self.run_dir / "handover"
+
+    @property
+    def handover_socket(self) -> Path:
+        """That socket, named as PostgreSQL does."""
+        return self.handover_dir / f".s.PGSQL.{self.postgres_port}"

@@ -42,6 +42,7 @@ from compute_node.bundle import Bundle, collect_files
 from compute_node.config import ADMIN, DATABASE, ComputeConfig
 from compute_node.fleet import Fleet
 from compute_node.postgres import create_roles_sql
+from compute_node.replica_status import create_functions_sql
 from compute_node.shipper import Shipper, storage_addresses
 from compute_node.storage_client import MAX_IMPORT_PAGES, PageRun
 
@@ -49,6 +50,8 @@ _log = structlog.get_logger(__name__)
 
 _EVERY_NODE = QuorumRule(copies=6, write=6, read=1)
 _SHIP_TIMEOUT_S = 60
+_TEMPLATES = ("template0", "template1")
+"""What databases to come are copies of. template0 takes no connections, but a single user."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +69,7 @@ class FreshCluster:
 
 
 def make_cluster(config: ComputeConfig, engine: Engine) -> FreshCluster:
-    """Run initdb, make the roles, shut down. Blocking: a second or two."""
+    """Run initdb, make the roles and functions, shut down. Blocking: a second or two."""
     path = config.data_dir / "initdb"
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(mode=0o700)
@@ -81,7 +84,11 @@ def make_cluster(config: ComputeConfig, engine: Engine) -> FreshCluster:
         "--no-sync",
         "--no-instructions",
     )
-    _run_single_user(engine, path, DATABASE, create_roles_sql(config.master_password))
+    for database in _TEMPLATES:
+        _run_single_user(engine, path, database, create_functions_sql())
+    _run_single_user(
+        engine, path, DATABASE, create_functions_sql() + create_roles_sql(config.master_password)
+    )
     control = engine.run("pg_controldata", str(path))
     checkpoint = parse_lsn(_field(control, "Latest checkpoint location"))
     start = wal_segment_start(checkpoint)

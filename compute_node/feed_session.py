@@ -22,6 +22,10 @@ SERVER_VERSION = "16.14"
 MAX_DATA_BYTES = 128 * 1024
 """What a stock walsender puts into one message at most (MAX_SEND_SIZE)."""
 KEEPALIVE_S = 10.0
+FIRST_ASK_S = 0.02
+"""A standby reports when it has written, not when it has replayed; so it is asked, soon after it
+was sent something, then at growing intervals until it has replayed all of it."""
+LAST_ASK_S = 0.5
 STARTUP_TIMEOUT_S = 10.0
 
 _START = re.compile(
@@ -91,6 +95,21 @@ def timeline_history(timelines: Sequence[TimelineStart], timeline: Timeline) -> 
         for ancestor, following in pairwise(timelines)
         if following.timeline <= timeline
     )
+
+
+class _Asks:
+    """How long to wait before a standby is asked how far it has replayed."""
+
+    def __init__(self) -> None:
+        self._wait_s = FIRST_ASK_S
+
+    def begin(self) -> None:
+        """It was sent something."""
+        self._wait_s = FIRST_ASK_S
+
+    def next_s(self) -> float:
+        wait_s, self._wait_s = self._wait_s, min(2 * self._wait_s, LAST_ASK_S)
+        return wait_s
 
 
 class FeedSession:
@@ -254,7 +273,7 @@ class FeedSession:
 
     async def _send_wal(self, position: Lsn, timeline: Timeline) -> TimelineStart:
         """Send WAL as the ceiling rises, until the timeline ends; say what follows it."""
-        source = self._source
+        source, asks = self._source, _Asks()
         while True:
             following = timeline_after(source.timelines(), timeline)
             if following is not None and position >= following.start:
@@ -264,21 +283,23 @@ class FeedSession:
             if following is not None:
                 ceiling = min(ceiling, following.start)
             if position >= ceiling:
-                await self._wait_beyond(position)
+                await self._wait_beyond(position, asks)
                 continue
             data = await source.read(position, Lsn(min(ceiling, position + MAX_DATA_BYTES)))
             self._writer.write(wire.xlog_data(position, ceiling, _now_us(), data))
             position = Lsn(position + len(data))
+            asks.begin()
             if self.progress is not None:
                 self.progress = replace(self.progress, sent=position)
             await self._writer.drain()
 
-    async def _wait_beyond(self, position: Lsn) -> None:
+    async def _wait_beyond(self, position: Lsn, asks: _Asks) -> None:
+        replayed = self.progress is None or self.progress.applied >= position
         try:
-            async with asyncio.timeout(KEEPALIVE_S):
+            async with asyncio.timeout(KEEPALIVE_S if replayed else asks.next_s()):
                 await self._source.wait_beyond(position)
         except TimeoutError:
-            self._writer.write(wire.keepalive(position, _now_us(), reply_requested=False))
+            self._writer.write(wire.keepalive(position, _now_us(), reply_requested=not replayed))
 
     async def _receive(self) -> None:
         while True:

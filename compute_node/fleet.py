@@ -309,13 +309,25 @@ class Fleet:
     async def fence(self, epoch: Epoch) -> dict[NodeName, SegmentPosition]:
         """Recovery step 1: act under `epoch`, and have a write quorum refuse every older one."""
         self.raise_epoch(epoch)
+        self._check_epoch(epoch)
         return await self._quorum("Fence", lambda node: node.fence(self._on), self._rule.write)
 
     async def adopt(self, lineage: Lineage) -> dict[NodeName, SegmentPosition]:
         """Recovery step 4: a write quorum takes `lineage`, which ends with this fleet's epoch."""
+        self._check_epoch(lineage.last.epoch)
         return await self._quorum(
             "Adopt", lambda node: node.adopt(self._on, lineage), self._rule.write
         )
+
+    def _check_epoch(self, epoch: Epoch) -> None:
+        """What is done to the log is done under the caller's own epoch.
+
+        A reader takes over any newer epoch it hears of; that one is another writer's.
+        """
+        if self.epoch != epoch:
+            raise StaleEpoch(
+                f"epoch {epoch} was superseded by {self.epoch}", promised_epoch=self.epoch
+            )
 
     async def put_bundle(
         self, manifest: BundleManifest, content: Callable[[bytes], bytes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable
 from enum import Enum
 
 import structlog
@@ -23,6 +24,7 @@ class LifeState(Enum):
     PROMOTING = "promoting"
     WRITER = "writer"
     STOPPING = "stopping"
+    YIELDING = "yielding"
 
 
 _NEXT = {
@@ -31,7 +33,8 @@ _NEXT = {
     LifeState.RESTORING: {LifeState.READER, LifeState.STOPPING},
     LifeState.READER: {LifeState.PROMOTING, LifeState.STOPPING},
     LifeState.PROMOTING: {LifeState.WRITER, LifeState.STOPPING},
-    LifeState.WRITER: {LifeState.STOPPING},
+    LifeState.WRITER: {LifeState.YIELDING, LifeState.STOPPING},
+    LifeState.YIELDING: {LifeState.STOPPING},
     LifeState.STOPPING: set(),
 }
 
@@ -44,7 +47,9 @@ class Life:
     ever used by two runs of PostgreSQL.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_change: Callable[[], None] | None = None) -> None:
+        """`on_change` is called after each change of state; it must not wait."""
+        self._on_change = on_change
         self.identity = uuid.uuid4().hex
         self._state = LifeState.WAITING
         self._since = time.monotonic()
@@ -70,3 +75,5 @@ class Life:
             incarnation=self.identity,
         )
         self._state, self._since = state, now
+        if self._on_change is not None:
+            self._on_change()

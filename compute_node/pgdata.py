@@ -11,6 +11,9 @@ from pathlib import Path
 from boreal.errors import Internal
 from boreal.types import RELATION_SEGMENT_BLOCKS, Fork, RelationFork
 
+AGENT_DIRECTORY = "boreal"
+"""Below PGDATA: what the agent lets PostgreSQL know, of one start only."""
+
 DEFAULT_TABLESPACE = 1663
 GLOBAL_TABLESPACE = 1664
 
@@ -26,7 +29,7 @@ _TEMPORARY = re.compile(r"t\d+_\d+(_\w+)?(\.\d+)?")
 _EMPTIED = frozenset(
     {
         *("pg_wal", "pg_replslot", "pg_dynshmem", "pg_notify", "pg_serial", "pg_snapshots"),
-        *("pg_stat", "pg_stat_tmp", "pg_subtrans"),
+        *("pg_stat", "pg_stat_tmp", "pg_subtrans", AGENT_DIRECTORY),
     }
 )
 _SKIPPED = frozenset(

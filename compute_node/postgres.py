@@ -1,19 +1,16 @@
-"""Running one PostgreSQL: its configuration, its process, and the agent's own SQL on it."""
+"""Running one PostgreSQL: its process, and the agent's own SQL on it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
-import shutil
 import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import psutil
 import psycopg
 import structlog
 
@@ -21,143 +18,31 @@ from boreal.engine import Engine
 from boreal.errors import ProcessFailed
 from boreal.types import Lsn, parse_lsn, record_end_before
 from compute_node import shim
-from compute_node.config import ADMIN, DATABASE, MASTER, SHIPPER_NAME, ComputeConfig
+from compute_node.config import ADMIN, DATABASE, MASTER, ComputeConfig
+from compute_node.configuration import write_access
 
 _log = structlog.get_logger(__name__)
-
-AFTER_IMAGES = "gin,spgist"
-"""Resource managers whose records carry an image of each page after the change, which storage takes
-for the page. For all others it has PostgreSQL's redo (storage_node/redo)."""
 
 _READY_TIMEOUT_S = 120
 _READY_POLL_S = 0.01
 _STATUS_LINE = 7
-_IPC_RMID = 0
+_PROMOTE_WITHIN_S = 600
+_PROMOTE_POLL_S = 0.002
 _STOP_TIMEOUT_S = 60
 
-
-def _settings(config: ComputeConfig) -> dict[str, str]:
-    return {
-        "listen_addresses": config.host,
-        "port": str(config.postgres_port),
-        "unix_socket_directories": str(config.run_dir),
-        "unix_socket_permissions": "0700",
-        # The log leaves through the agent, the only synchronous standby: PostgreSQL's own queue of
-        # commits waiting for it is the asynchronous group commit.
-        "wal_level": "replica",
-        "max_wal_senders": "10",
-        "max_replication_slots": "10",
-        "synchronous_standby_names": SHIPPER_NAME,
-        "wal_sender_timeout": "0",
-        "hot_standby": "on",
-        "primary_conninfo": (
-            f"host={config.feed_dir} port={config.postgres_port} user={ADMIN} "
-            "application_name=boreal_reader"
-        ),
-        "wal_receiver_timeout": "0",
-        "wal_retrieve_retry_interval": "100ms",
-        "recovery_target_timeline": "latest",
-        # Hints of what will be read soon let the page service fetch it in time: those of bitmap
-        # scans, and of redo, which looks ahead in the WAL it has received.
-        "effective_io_concurrency": "32",
-        "maintenance_io_concurrency": "64",
-        "recovery_prefetch": "try",
-        "wal_decode_buffer_size": "4MB",
-        # Local files are a cache: durability and page checksums are the storage nodes' work.
-        "fsync": "off",
-        "full_page_writes": "off",
-        # A backend that was killed may leave half a page in a local file, and nothing here would
-        # mend it: after a crash everything is rebuilt from storage.
-        "restart_after_crash": "off",
-        "wal_log_hints": "off",
-        "wal_consistency_checking": AFTER_IMAGES,
-        # Bundles take the checkpoints that bound recovery; these would only repeat the work.
-        "checkpoint_timeout": "30min",
-        "max_wal_size": "4GB",
-        # In PGDATA, which is made anew at every start: a PostgreSQL that was killed would leave
-        # its segments in /dev/shm for ever.
-        "dynamic_shared_memory_type": "mmap",
-        "logging_collector": "off",
-        "log_line_prefix": "%m [%p] %b ",
-        "cluster_name": config.name,
-        **dict(config.settings),
-    }
-
-
-def _hba(*, clients: bool) -> str:
-    """Who may connect. The agent by its OS account alone; clients only once this is the writer."""
-    return "\n".join(
-        [
-            f"local all {ADMIN} peer map=agent",
-            f"local replication {ADMIN} peer map=agent",
-            f"host all {ADMIN} all reject",
-            "local all all scram-sha-256" if clients else "local all all reject",
-            "host all all all scram-sha-256" if clients else "host all all all reject",
-            "",
-        ]
+_SESSION_OPTIONS = " ".join(
+    f"-c {setting}"
+    for setting in (
+        "synchronous_commit=on",
+        "default_transaction_read_only=off",
+        "statement_timeout=0",
+        "lock_timeout=0",
+        "idle_session_timeout=0",
     )
+)
+"""The owner of a database may have set them otherwise for all its sessions."""
 
-
-def write_configuration(config: ComputeConfig, engine: Engine) -> None:
-    """Write PGDATA's configuration files, clients kept out."""
-    quoted = {name: value.replace("'", "''") for name, value in _settings(config).items()}
-    lines = "".join(f"{name} = '{value}'\n" for name, value in quoted.items())
-    agent = psutil.Process().username()
-    _write(config.pgdata / "postgresql.conf", lines, engine)
-    _write(config.pgdata / "postgresql.auto.conf", "", engine)
-    _write(config.pgdata / "pg_hba.conf", _hba(clients=False), engine)
-    _write(config.pgdata / "pg_ident.conf", f"agent {agent} {ADMIN}\n", engine)
-
-
-def _write(path: Path, text: str, engine: Engine) -> None:
-    path.write_text(text)
-    path.chmod(0o600)
-    engine.account.own(path)
-
-
-def prepare_directories(config: ComputeConfig, engine: Engine) -> None:
-    """Make the directories PostgreSQL's account must get into, empty."""
-    shutil.rmtree(config.pgdata, ignore_errors=True)
-    shutil.rmtree(config.run_dir, ignore_errors=True)
-    for path in (config.pgdata, config.run_dir, config.feed_dir):
-        path.mkdir(parents=True, exist_ok=True)
-        path.chmod(0o700)
-        engine.account.own(path)
-
-
-async def end_leftover(config: ComputeConfig) -> None:
-    """End a PostgreSQL that a killed agent left behind in our PGDATA, and what it held.
-
-    The kernel tells it to quit when its agent dies (the shim asks for that); this waits for it to
-    be gone, so that nobody writes into the directory about to be rebuilt.
-    """
-    try:
-        lines = (config.pgdata / "postmaster.pid").read_text().splitlines()
-    except FileNotFoundError:
-        return
-    with contextlib.suppress(psutil.NoSuchProcess, ValueError, IndexError):
-        postmaster = psutil.Process(int(lines[0]))
-        if postmaster.name() == "postgres" and str(config.pgdata) in postmaster.cmdline():
-            family = [postmaster, *postmaster.children(recursive=True)]
-            _log.warning("ending the PostgreSQL a former agent left behind", pid=postmaster.pid)
-            for process in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            await asyncio.to_thread(psutil.wait_procs, family, timeout=10)
-    _remove_shared_memory(lines[0])
-
-
-def _remove_shared_memory(postmaster_pid: str) -> None:
-    """Remove the System V segment of a postmaster that was killed.
-
-    PostgreSQL would find it again by its data directory's inode, and that is new at every start
-    here. Columns of /proc/sysvipc/shm, see proc(5): key shmid perms size cpid lpid nattch ...
-    """
-    for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]:
-        words = line.split()
-        identifier, creator, attached = words[1], words[4], words[6]
-        if creator == postmaster_pid.strip() and attached == "0":
-            ctypes.CDLL(None, use_errno=True).shmctl(int(identifier), _IPC_RMID, None)
+Connection = psycopg.AsyncConnection[tuple[object, ...]]
 
 
 class Postgres:
@@ -172,6 +57,8 @@ class Postgres:
         self._shim = library
         self._process: subprocess.Popen[bytes] | None = None
         self._exited = asyncio.Event()
+        self._kept: Connection | None = None
+        self._opening = asyncio.Lock()
 
     @property
     def pid(self) -> int:
@@ -185,6 +72,7 @@ class Postgres:
                 self._shim,
                 self._config.page_socket,
                 cache_limited=self._config.cache_bytes > 0,
+                handover=self._config.handover_socket,
             )
         )
         # Not through the event loop: uvloop cannot start a child as another account.
@@ -227,11 +115,27 @@ class Postgres:
             await self.exited()
 
     @contextlib.asynccontextmanager
-    async def connect(
-        self, database: str = DATABASE
-    ) -> AsyncIterator[psycopg.AsyncConnection[tuple[object, ...]]]:
+    async def connect(self, database: str = DATABASE) -> AsyncIterator[Connection]:
         """A superuser connection in autocommit mode, over the unix socket."""
-        connection = await psycopg.AsyncConnection.connect(
+        connection = await self._connect(database)
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
+    async def session(self) -> Connection:
+        """A connection that is kept: what is needed in a hurry is asked by it.
+
+        Not to be closed, nor its transactions left open. What a connection needs to begin is then
+        in memory already: on a new node the first one has to fetch the catalogs' pages.
+        """
+        async with self._opening:
+            if self._kept is None or self._kept.closed:
+                self._kept = await self._connect(DATABASE)
+            return self._kept
+
+    async def _connect(self, database: str) -> Connection:
+        return await psycopg.AsyncConnection.connect(
             host=str(self._config.run_dir),
             port=self._config.postgres_port,
             user=ADMIN,
@@ -239,11 +143,8 @@ class Postgres:
             autocommit=True,
             application_name="boreal_agent",
             connect_timeout=10,
+            options=_SESSION_OPTIONS,
         )
-        try:
-            yield connection
-        finally:
-            await connection.close()
 
     async def wait_ready(self) -> None:
         """Wait until it takes connections (a hot standby: until it is consistent)."""
@@ -266,24 +167,41 @@ class Postgres:
         return len(lines) > _STATUS_LINE and lines[_STATUS_LINE].strip() == "ready"
 
     async def promote(self) -> None:
-        """End recovery; returns when PostgreSQL accepts writes."""
-        async with self.connect() as connection:
-            await connection.execute("select pg_promote(true, 600)")
+        """End recovery; returns when PostgreSQL accepts writes.
 
-    async def admit_clients(self) -> None:
-        """Let clients in: this is the writer now."""
-        _write(self._config.pgdata / "pg_hba.conf", _hba(clients=True), self._engine)
-        async with self.connect() as connection:
-            await connection.execute("select pg_reload_conf()")
+        As pg_ctl does it: pg_promote() looks only every 100 ms whether it is done.
+        """
+        if self._process is None:
+            raise ProcessFailed("PostgreSQL was not started")
+        signal_file = self._config.pgdata / "promote"
+        signal_file.touch(mode=0o600)
+        self._engine.account.own(signal_file)
+        self._process.send_signal(signal.SIGUSR1)
+        deadline = time.monotonic() + _PROMOTE_WITHIN_S
+        while await _in_recovery(await self.session()):
+            if time.monotonic() > deadline:
+                raise ProcessFailed(f"PostgreSQL is not promoted after {_PROMOTE_WITHIN_S} s")
+            await asyncio.sleep(_PROMOTE_POLL_S)
+
+    def admit_clients(self) -> None:
+        """Let clients in from now on."""
+        write_access(self._config, self._engine, clients=True)
+        if self._process is not None:
+            self._process.send_signal(signal.SIGHUP)
 
 
-async def query_lsn(connection: psycopg.AsyncConnection[tuple[object, ...]], query: str) -> Lsn:
+async def _in_recovery(connection: Connection) -> bool:
+    row = await (await connection.execute("select pg_is_in_recovery()")).fetchone()
+    return row is None or bool(row[0])
+
+
+async def query_lsn(connection: Connection, query: str) -> Lsn:
     """Run a query whose one value is an LSN; 0 where PostgreSQL has none."""
     row = await (await connection.execute(query.encode())).fetchone()
     return parse_lsn(str(row[0])) if row and row[0] is not None else Lsn(0)
 
 
-async def make_durable(connection: psycopg.AsyncConnection[tuple[object, ...]]) -> Lsn:
+async def make_durable(connection: Connection) -> Lsn:
     """Return a record's end, once everything up to it is on a write quorum."""
     end = record_end_before(await query_lsn(connection, "select pg_current_wal_insert_lsn()"))
     # A commit that is written after `end` and waits for the quorum. Without WAL before its commit

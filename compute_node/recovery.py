@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 import structlog
 
@@ -16,6 +17,7 @@ from boreal.errors import (
     Unreachable,
 )
 from boreal.quorum import SIX_WAY, RecoveryPlan, SegmentState, choose_source, plan_recovery
+from boreal.quorum.lease import former_holds_until
 from boreal.types import PAGE_BYTES, Epoch, Lsn, NodeName, format_lsn
 from boreal.wal import last_record_end
 from compute_node.fleet import MAX_READ_LOG_BYTES, Fleet
@@ -28,8 +30,17 @@ _POLL_S = 0.05
 _FIRST_TAIL_BYTES = 64 * 1024
 
 
-async def recover(fleet: Fleet, epoch: Epoch) -> RecoveryPlan:
+async def recover(
+    fleet: Fleet,
+    epoch: Epoch,
+    *,
+    on_fenced: Callable[[float], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> RecoveryPlan:
     """Make `epoch` the volume's writer epoch; return the log it begins with, durable on a quorum.
+
+    `on_fenced` is told, once a write quorum refuses the former writer, until when on `clock` that
+    one may still hold its lease.
 
     Waits as long as it takes for a write quorum of nodes. Raises StaleEpoch if a newer epoch took
     the volume meanwhile.
@@ -37,14 +48,17 @@ async def recover(fleet: Fleet, epoch: Epoch) -> RecoveryPlan:
     The plan is made once and then only carried out: a second plan under the same epoch might cut
     elsewhere, and two histories would share one epoch. Whoever gives up in between needs a new one.
     """
-    plan = await _plan(fleet, epoch)
+    answers = await _fence(fleet, epoch)
+    if on_fenced is not None:
+        silent_s = [answer.writer_silent_s for answer in answers.values()]
+        on_fenced(former_holds_until(clock(), silent_s))
+    plan = await _plan(fleet, epoch, _states(answers))
     _log.info("recovery planned", epoch=epoch, end=format_lsn(plan.end), source=plan.source)
     await _carry_out(fleet, plan)
     return plan
 
 
-async def _plan(fleet: Fleet, epoch: Epoch) -> RecoveryPlan:
-    answers = await _fence(fleet, epoch)
+async def _plan(fleet: Fleet, epoch: Epoch, answers: dict[NodeName, SegmentState]) -> RecoveryPlan:
     while True:
         try:
             source = choose_source(SIX_WAY, epoch, answers)
@@ -58,13 +72,13 @@ async def _plan(fleet: Fleet, epoch: Epoch) -> RecoveryPlan:
         except QuorumUnavailable as error:
             _log.warning("waiting for storage nodes", reason=error.message)
             await asyncio.sleep(_RETRY_S)
-            answers = await _fence(fleet, epoch)
+            answers = _states(await _fence(fleet, epoch))
 
 
-async def _fence(fleet: Fleet, epoch: Epoch) -> dict[NodeName, SegmentState]:
+async def _fence(fleet: Fleet, epoch: Epoch) -> dict[NodeName, SegmentPosition]:
     while True:
         try:
-            return _states(await fleet.fence(epoch))
+            return await fleet.fence(epoch)
         except QuorumUnavailable as error:
             _log.warning("waiting for storage nodes to fence", reason=error.message)
             await asyncio.sleep(_RETRY_S)

@@ -129,6 +129,14 @@ class WalStream:
         """
         self._connection.send_status(durable)
 
+    def send_feedback(self, oldest_xmin: int) -> None:
+        """Report the oldest transaction that queries elsewhere still see (hot_standby_feedback).
+
+        As a 64-bit id; 0: none. The slot keeps what vacuum would take from them until told another.
+        Callable before streaming; the same again is not sent.
+        """
+        self._connection.send_feedback(oldest_xmin)
+
     def pause_reading(self) -> None:
         """Stop taking WAL from the socket (back-pressure); PostgreSQL keeps it, by the slot."""
         self._connection.pause_reading()
@@ -172,6 +180,7 @@ class _Connection(asyncio.Protocol):
         self._copying = False
         self._position = Lsn(0)
         self._durable = Lsn(0)
+        self._oldest_xmin = self._told_xmin = 0
         self._timer: asyncio.TimerHandle | None = None
 
     # --- asyncio.Protocol ----------------------------------------------------------------------
@@ -303,8 +312,17 @@ class _Connection(asyncio.Protocol):
             now_us = wire.postgres_time_us(time.time())
             self._transport.write(wire.standby_status(durable, now_us))
 
+    def send_feedback(self, oldest_xmin: int) -> None:
+        """Remember `oldest_xmin`, and report it if a copy is on and it is another than before."""
+        self._oldest_xmin = oldest_xmin
+        if self._copying and oldest_xmin != self._told_xmin:
+            self._told_xmin = oldest_xmin
+            now_us = wire.postgres_time_us(time.time())
+            self._transport.write(wire.hot_standby_feedback(oldest_xmin, now_us))
+
     def _tick(self) -> None:
         self.send_status(self._durable)
+        self.send_feedback(self._oldest_xmin)
         self._timer = asyncio.get_running_loop().call_later(_STATUS_INTERVAL_S, self._tick)
 
     def _stop_copying(self) -> None:

@@ -27,6 +27,13 @@ class ComputeService(compute_pb2_grpc.ComputeServicer):
         """What this node reports of itself."""
         return self._agent.status()
 
+    async def Follow(
+        self, request_iterator: AsyncIterator[compute_pb2.FollowerReport], context: _Context
+    ) -> AsyncIterator[compute_pb2.LogPiece]:
+        """Give a reader the log."""
+        async for piece in self._agent.publisher.follow(request_iterator):
+            yield piece
+
     async def TakeBundle(
         self, request: compute_pb2.TakeBundleRequest, context: _Context
     ) -> compute_pb2.TakeBundleResponse:

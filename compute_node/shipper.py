@@ -25,6 +25,7 @@ from compute_node.shipping.link import (
     StorageLink,
 )
 from compute_node.shipping.outbox import Outbox
+from compute_node.shipping.window import LogWindow
 
 __all__ = [
     "LinkReport",
@@ -130,6 +131,11 @@ class Shipper:
         self._begin_wave()
 
     @property
+    def window(self) -> LogWindow:
+        """The newest part of the log. To read only."""
+        return self._outbox.window
+
+    @property
     def end(self) -> Lsn:
         """The next byte wanted: where START_REPLICATION starts (again)."""
         return self._outbox.window.end
@@ -179,6 +185,12 @@ class Shipper:
     def links(self) -> tuple[LinkReport, ...]:
         """Every link, by node name."""
         return tuple(sorted((link.report for link in self._links.values()), key=_by_name))
+
+    @property
+    def contacts(self) -> tuple[float, ...]:
+        """When the last append was sent that a node acknowledged, monotonic, for each that did."""
+        heard = (link.contact_at for link in self._links.values())
+        return tuple(at for at in heard if at is not None)
 
     @property
     def shipped_bytes(self) -> int:

@@ -76,6 +76,8 @@ class SegmentPosition:
 
     state: SegmentState
     system_identifier: int
+    writer_silent_s: float = 0.0
+    """In the answer to Fence: how long, at the least, the node had not heard from a writer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -349,6 +351,7 @@ def _position(wire: storage_pb2.Position) -> SegmentPosition:
             vdl=Lsn(wire.vdl),
         ),
         system_identifier=wire.system_identifier,
+        writer_silent_s=wire.writer_silent_ms / 1000,
     )
 
 

@@ -168,6 +168,12 @@ def standby_status(durable: Lsn, now_us: int) -> bytes:
     return message(COPY_DATA, _STATUS.pack(STANDBY_STATUS, durable, durable, durable, now_us, 0))
 
 
+def hot_standby_feedback(oldest_xmin: int, now_us: int) -> bytes:
+    """Report the oldest transaction some standby's query sees, as a 64-bit id; 0: there is none."""
+    epoch, xmin = divmod(oldest_xmin, 1 << 32)
+    return message(COPY_DATA, _FEEDBACK.pack(HOT_STANDBY_FEEDBACK, now_us, xmin, epoch, 0, 0))
+
+
 # --- what a client reads -----------------------------------------------------------------------
 
 

@@ -15,14 +15,16 @@ from pathlib import Path
 import structlog
 import uvloop
 
-from boreal import cluster, logs
+from boreal import logs
 from boreal.errors import BadUsage, BorealError
 from boreal.processes import LocalProcesses
 from boreal.rpc import control_pb2_grpc
 from boreal.rpc.edge import make_server
 from boreal.types import VolumeId
 from control_plane.coordinator import Coordinator
-from control_plane.launcher import Launcher
+from control_plane.launcher import ClusterNames, Launcher
+from control_plane.presence import AttentiveClock
+from control_plane.pulse import Pulse
 from control_plane.service import ControlService
 from control_plane.state import ControlState
 
@@ -39,7 +41,7 @@ class ControlConfig:
     host: str
     port: int
     launch: Path | None
-    """The local cluster whose compute processes are brought back; None: nobody's."""
+    """The local cluster whose dead processes are brought back; None: nobody's."""
 
 
 def parse(arguments: Sequence[str]) -> ControlConfig:
@@ -52,7 +54,7 @@ def parse(arguments: Sequence[str]) -> ControlConfig:
         "--launch",
         type=Path,
         metavar="CLUSTER_DIR",
-        help="start dead compute processes of this local cluster again",
+        help="start dead compute nodes and endpoints of this local cluster again",
     )
     return ControlConfig(**vars(parser.parse_args(arguments)))
 
@@ -70,9 +72,12 @@ async def serve(config: ControlConfig) -> None:
     config.data_dir.mkdir(parents=True, exist_ok=True)
     state = ControlState.open(config.data_dir / "control.db")
     try:
-        coordinator = Coordinator(state, time.monotonic, new_volume_id)
+        pulse = Pulse()
+        clock = AttentiveClock(time.monotonic)
+        coordinator = Coordinator(state, clock, new_volume_id, on_change=pulse.beat)
+        service = ControlService(coordinator, pulse)
         server = make_server()
-        control_pb2_grpc.add_ControlServicer_to_server(ControlService(coordinator), server)
+        control_pb2_grpc.add_ControlServicer_to_server(service, server)
         address = f"{config.host}:{config.port}"
         try:
             server.add_insecure_port(address)
@@ -81,9 +86,11 @@ async def serve(config: ControlConfig) -> None:
         await server.start()
         _log.info("control plane serves", address=address)
         async with asyncio.TaskGroup() as tasks:
+            watching = tasks.create_task(service.keep_watch())
             launching = tasks.create_task(_launch(config.launch))
             await stopping.wait()
             launching.cancel()
+            watching.cancel()
             await server.stop(_GRACE_S)
         _log.info("control plane stopped")
     finally:
@@ -92,7 +99,7 @@ async def serve(config: ControlConfig) -> None:
 
 async def _launch(cluster_dir: Path | None) -> None:
     if cluster_dir is not None:
-        names = (cluster.COMPUTE,)
+        names = ClusterNames(cluster_dir)
         await Launcher(LocalProcesses(cluster_dir), names, time.monotonic).run()
 
 

@@ -1,8 +1,10 @@
 """What the control plane decides, as pure functions of what it knows.
 
-`decide` looks at a `ClusterView` and says what must change durably: begin a creation, appoint a
-writer. `order_for` derives each instance's standing order from what *is* durable. The shell between
-them (coordinator.py) makes decisions durable before any order that rests on them is given.
+`decide` looks at a `ClusterView` and says what must change durably next: begin a creation, appoint
+a writer, note that it serves, give up a planned failover. `order_for` derives each instance's
+standing order from what *is* durable. The shell between them (coordinator.py) makes decisions
+durable before any order that rests on them is given. So a control plane that dies between any two
+steps finds, when it is back, the same view, and goes on with the same next step.
 
 The rules:
 
@@ -13,150 +15,61 @@ The rules:
   superseded one left in its files must never be written on.
 - Epochs only grow: beyond every one ever allocated, and beyond every one a storage node promised
   (which would be more only if this control plane's state had been put back to an older copy).
-- A writer that is merely silent keeps its volume as long as nobody else could take it.
+- A writer is *gone* once its instance reports another incarnation, for an agent reports only after
+  it ended whatever it left behind. It is *lost* while nothing is heard of it: then it may still run
+  and only a reader, which can take over at once, is preferred to it. A writer that is merely silent
+  keeps its volume as long as nobody else could take it.
+- Who takes over: readers that have caught up, then readers, then the writer's own next life, then
+  anyone; among equals the lowest tier, then the furthest in replay, then by name.
+- A planned failover tells the writer to yield and appoints the target once that writer is gone, or
+  lost, or takes too long about it: nothing acknowledged is lost even then, for the target fences
+  it. If the target stops being fit before that, the failover is given up, and whoever is best
+  follows if the writer had made way already. So it always ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Enum
 
-from boreal.quorum import SIX_WAY, QuorumRule
-from boreal.types import Epoch, InstanceName, Lsn, NodeName, VolumeId
-
-CREATION_EPOCH = Epoch(1)
-"""The epoch that creates a volume; the first writer's is the next."""
-
-
-class InstanceState(Enum):
-    """What an instance says it does: ComputeState of compute.proto."""
-
-    WAITING = "waiting"
-    CREATING = "creating"
-    RESTORING = "restoring"
-    READER = "reader"
-    PROMOTING = "promoting"
-    WRITER = "writer"
-    STOPPING = "stopping"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StorageView:
-    """A storage node at this moment."""
-
-    name: NodeName
-    alive: bool
-    promised: tuple[tuple[VolumeId, Epoch], ...]
-    """The volumes it holds, each with the highest epoch it promised."""
+from boreal.types import Epoch, InstanceName, VolumeId
+from control_plane.view import (
+    CREATION_EPOCH,
+    Appointment,
+    AppointWriter,
+    BeginCreation,
+    Cause,
+    ClusterView,
+    Creation,
+    Decision,
+    GiveUpSwitchover,
+    InstanceState,
+    InstanceView,
+    Order,
+    OrderKind,
+    Outcome,
+    WriterServes,
+)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InstanceView:
-    """A compute node at this moment."""
+class Fate(Enum):
+    """What is known of an incarnation that was given a task."""
 
-    name: InstanceName
-    incarnation: str | None
-    """None: not heard of since the control plane started."""
-    state: InstanceState
-    lost: bool
-    """Silent for so long that others may be preferred."""
-    appointed: Epoch | None
-    """The epoch this incarnation was given, ever."""
-    replay: Lsn
-
-    @property
-    def available(self) -> bool:
-        """Whether it could be given something new to do."""
-        return (
-            self.incarnation is not None
-            and not self.lost
-            and self.state not in {InstanceState.CREATING, InstanceState.STOPPING}
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Creation:
-    """A volume that is being made."""
-
-    volume: VolumeId
-    instance: InstanceName
-    incarnation: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Appointment:
-    """The last writer: it may be gone by now."""
-
-    epoch: Epoch
-    instance: InstanceName
-    incarnation: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterView:
-    """Everything a decision may rest on."""
-
-    storage: tuple[StorageView, ...]
-    instances: tuple[InstanceView, ...]
-    known_volumes: frozenset[VolumeId]
-    """Every volume this control plane ever named, given up ones included."""
-    creation: Creation | None
-    volume: VolumeId | None
-    """The cluster's volume, once it is ready."""
-    writer: Appointment | None
-    rule: QuorumRule = SIX_WAY
-
-    def instance(self, name: InstanceName) -> InstanceView | None:
-        """Look up an instance."""
-        return next((each for each in self.instances if each.name == name), None)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BeginCreation:
-    """Name a new volume, give up an unfinished one, and let this incarnation make it."""
-
-    instance: InstanceName
-    incarnation: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AppointWriter:
-    """Allocate `epoch` to this incarnation."""
-
-    volume: VolumeId
-    epoch: Epoch
-    instance: InstanceName
-    incarnation: str
-
-
-Decision = BeginCreation | AppointWriter
-
-
-class OrderKind(Enum):
-    """Order.Kind of control.proto."""
-
-    WAIT = "wait"
-    CREATE_VOLUME = "create volume"
-    READ = "read"
-    WRITE = "write"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """An instance's standing order. WAIT has a reason and no volume, the others the reverse."""
-
-    kind: OrderKind
-    volume: VolumeId | None = None
-    epoch: Epoch | None = None
-    reason: str = ""
+    LIVES = "lives"
+    """It reports; or it was not heard since the control plane started, and gets time to."""
+    LOST = "lost"
+    """Nothing is heard of it. It may run."""
+    GONE = "gone"
+    """Nothing of it runs any more."""
 
 
 def decide(view: ClusterView) -> Decision | None:
     """The next durable change, or None if everything stands as it should."""
     if view.volume is None:
         return _begin_creation(view)
-    return _appoint_writer(view, view.volume)
+    return (
+        _note_service(view) or _pursue_switchover(view, view.volume) or _replace(view, view.volume)
+    )
 
 
 def order_for(view: ClusterView, name: InstanceName) -> Order:
@@ -168,23 +81,36 @@ def order_for(view: ClusterView, name: InstanceName) -> Order:
         return _order_without_volume(view, instance)
     writer = view.writer
     if writer and _is(instance, writer):
-        return Order(kind=OrderKind.WRITE, volume=view.volume, epoch=writer.epoch)
+        return _order_to_writer(view, view.volume, writer)
+    # Whoever is at work already is not sent back to waiting.
+    if instance.state is InstanceState.WAITING and _fate(view, writer) is not Fate.LIVES:
+        reason = no_writer_reason(view) or ("" if writer else "a writer is being chosen")
+        if reason:
+            return Order(kind=OrderKind.WAIT, reason=reason)
     # A writer that was superseded reads too: it finds the newer epoch in its order, and must start
-    # over to obey. Whoever is at work already is not sent back to waiting.
-    if _holder_lives(view, writer) or instance.state is not InstanceState.WAITING:
-        epoch = writer.epoch if writer else CREATION_EPOCH
-        return Order(kind=OrderKind.READ, volume=view.volume, epoch=epoch)
-    reason = _no_writer_reason(view) or "a writer is being chosen"
-    return Order(kind=OrderKind.WAIT, reason=reason)
+    # over to obey.
+    epoch = writer.epoch if writer else CREATION_EPOCH
+    return Order(kind=OrderKind.READ, volume=view.volume, epoch=epoch)
+
+
+def _order_to_writer(view: ClusterView, volume: VolumeId, writer: Appointment) -> Order:
+    if view.switchover is not None:
+        return Order(kind=OrderKind.YIELD, volume=volume, epoch=writer.epoch)
+    return Order(
+        kind=OrderKind.WRITE,
+        volume=volume,
+        epoch=writer.epoch,
+        former_gone=all(_fate(view, former) is Fate.GONE for former in view.formers),
+    )
 
 
 # --- creating ------------------------------------------------------------------------------------
 
 
 def _begin_creation(view: ClusterView) -> BeginCreation | None:
-    if _holder_lives(view, view.creation) or _no_creation_reason(view):
+    if _fate(view, view.creation) is Fate.LIVES or _no_creation_reason(view):
         return None
-    chosen = _choose(view.instances)
+    chosen = best(each for each in view.instances if each.available)
     if chosen is None or chosen.incarnation is None:
         return None
     return BeginCreation(instance=chosen.name, incarnation=chosen.incarnation)
@@ -194,7 +120,7 @@ def _order_without_volume(view: ClusterView, instance: InstanceView) -> Order:
     creation = view.creation
     if creation and _is(instance, creation):
         return Order(kind=OrderKind.CREATE_VOLUME, volume=creation.volume, epoch=CREATION_EPOCH)
-    if creation and _holder_lives(view, creation):
+    if creation and _fate(view, creation) is Fate.LIVES:
         reason = f"{creation.instance} is creating the volume"
     else:
         reason = _no_creation_reason(view) or "an instance is being chosen to create the volume"
@@ -224,10 +150,54 @@ def _no_creation_reason(view: ClusterView) -> str:
 # --- writing -------------------------------------------------------------------------------------
 
 
-def _appoint_writer(view: ClusterView, volume: VolumeId) -> AppointWriter | None:
-    if _holder_lives(view, view.writer) or _no_writer_reason(view):
+def _note_service(view: ClusterView) -> WriterServes | None:
+    writer = view.writer
+    if writer is None or writer.outcome is not Outcome.PENDING:
         return None
-    chosen = _choose(each for each in view.instances if each.appointed is None)
+    instance = view.instance(writer.instance)
+    if instance and _is(instance, writer) and instance.state is InstanceState.WRITER:
+        return WriterServes(epoch=writer.epoch)
+    return None
+
+
+def _pursue_switchover(view: ClusterView, volume: VolumeId) -> Decision | None:
+    switchover, writer = view.switchover, view.writer
+    if switchover is None or writer is None:
+        return None
+    if unfit := unfit_reason(view, switchover.target):
+        return GiveUpSwitchover(why=unfit)
+    fate = _fate(view, writer)
+    if fate is Fate.LIVES and not view.switchover_overdue:
+        return None
+    if reason := no_writer_reason(view):
+        return GiveUpSwitchover(why=reason) if view.switchover_overdue else None
+    return _appointment(view, volume, view.instance(switchover.target), _why(writer, fate))
+
+
+def _replace(view: ClusterView, volume: VolumeId) -> AppointWriter | None:
+    """Appoint a writer if there is none, or the one there is should be replaced."""
+    fate = _fate(view, view.writer)
+    if view.switchover or fate is Fate.LIVES or no_writer_reason(view):
+        return None
+    if view.writer is None and view.maker and _fate(view, view.maker) is Fate.LIVES:
+        return None  # its next life comes in a moment
+    chosen = best(
+        (
+            each
+            for each in view.instances
+            if each.available
+            and each.appointed is None
+            and not (view.maker and _is(each, view.maker))
+            and (fate is Fate.GONE or each.state is InstanceState.READER)
+        ),
+        view.writer,
+    )
+    return _appointment(view, volume, chosen, _why(view.writer, fate))
+
+
+def _appointment(
+    view: ClusterView, volume: VolumeId, chosen: InstanceView | None, why: str
+) -> AppointWriter | None:
     if chosen is None or chosen.incarnation is None:
         return None
     return AppointWriter(
@@ -235,10 +205,31 @@ def _appoint_writer(view: ClusterView, volume: VolumeId) -> AppointWriter | None
         epoch=_next_epoch(view, volume),
         instance=chosen.name,
         incarnation=chosen.incarnation,
+        cause=_cause(view.writer, chosen),
+        why=why,
     )
 
 
-def _no_writer_reason(view: ClusterView) -> str:
+def _cause(writer: Appointment | None, chosen: InstanceView) -> Cause:
+    if writer is None:
+        return Cause.FIRST
+    if chosen.name != writer.instance:
+        return Cause.FAILOVER
+    unfinished = writer.cause is Cause.FAILOVER and writer.outcome is not Outcome.SERVED
+    return Cause.FAILOVER if unfinished else Cause.RESTART
+
+
+def _why(writer: Appointment | None, fate: Fate) -> str:
+    if writer is None:
+        return "the volume has no writer yet"
+    return {
+        Fate.GONE: f"{writer.instance} has ended its life as the writer",
+        Fate.LOST: f"{writer.instance} does not report any more",
+        Fate.LIVES: f"{writer.instance} takes too long to yield",
+    }[fate]
+
+
+def no_writer_reason(view: ClusterView) -> str:
     """Why no writer could do its work now; empty if one could.
 
     A writer could not recover without a write quorum, so there is no point in an epoch for it yet.
@@ -258,35 +249,64 @@ def _next_epoch(view: ClusterView, volume: VolumeId) -> Epoch:
     return Epoch(max(last, *promised, CREATION_EPOCH) + 1)
 
 
-# --- both ----------------------------------------------------------------------------------------
+# --- candidates ----------------------------------------------------------------------------------
 
 
-def _choose(instances: Iterable[InstanceView]) -> InstanceView | None:
-    """The available instance that is furthest in replay; names decide among equals.
+def best(
+    candidates: Iterable[InstanceView], writer: Appointment | None = None
+) -> InstanceView | None:
+    """Whom the rules prefer, to follow `writer` if there was one; None of none."""
 
-    (A failover priority, once there is one, compares before the replay LSN.)
+    def rank(each: InstanceView) -> tuple[int, int, int, str]:
+        return _readiness(each, writer), each.tier, -each.replay, each.name
+
+    return min(candidates, key=rank, default=None)
+
+
+def _readiness(instance: InstanceView, writer: Appointment | None) -> int:
+    """How soon it could serve; the role does not move for nothing."""
+    if instance.state is InstanceState.READER:
+        return 0 if instance.takes_clients else 1
+    return 2 if writer and writer.instance == instance.name else 3
+
+
+def unfit_reason(view: ClusterView, target: InstanceName) -> str:
+    """Why `target` cannot take over from a living writer; empty if it can, or may be able to.
+
+    (One not heard of since the control plane started gets time to report.)
     """
-    available = sorted((each for each in instances if each.available), key=lambda each: each.name)
-    return max(available, key=lambda each: each.replay, default=None)
+    instance = view.instance(target)
+    if instance is None:
+        return f"{target} is not part of this cluster"
+    if instance.lost:
+        return f"{target} does not report"
+    if instance.incarnation is None:
+        return ""
+    if instance.state is not InstanceState.READER or instance.appointed is not None:
+        return f"{target} is {instance.state.value}, not a reader"
+    return ""
+
+
+# --- fates ---------------------------------------------------------------------------------------
 
 
 def _is(instance: InstanceView, holder: Creation | Appointment) -> bool:
     return (instance.name, instance.incarnation) == (holder.instance, holder.incarnation)
 
 
-def _holder_lives(view: ClusterView, holder: Creation | Appointment | None) -> bool:
-    """Whether whoever was given the task may still be at it.
+def _fate(view: ClusterView, holder: Creation | Appointment | None) -> Fate:
+    """What is known of whoever was given the task; GONE if nobody was.
 
-    An instance not heard of since the control plane started may well be: it gets time to report.
+    An instance that was removed while lost stays lost: nobody saw its end.
     """
     if holder is None:
-        return False
+        return Fate.GONE
     instance = view.instance(holder.instance)
-    return (
-        instance is not None
-        and not instance.lost
-        and (instance.incarnation is None or _is(instance, holder))
-    )
+    if instance is None:
+        return Fate.LOST
+    if instance.incarnation not in {None, holder.incarnation}:
+        return Fate.GONE
+    return Fate.LOST if instance.lost else Fate.LIVES
 
 
 def _alive(view: ClusterView) -> int:

@@ -1,4 +1,6 @@
-"""Brings a dead compute process of a local cluster back. (A cloud's instance manager, in small.)
+"""Brings dead processes of a local cluster back: compute nodes and endpoints.
+
+(A cloud's instance manager, in small.)
 
 Storage nodes it leaves alone: a volume with nodes missing serves on, and people should be able to
 look at one. `boreal restart` starts those.
@@ -9,12 +11,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from subprocess import SubprocessError
 
 import structlog
 
+from boreal import cluster
 from boreal.errors import BorealError
 from boreal.processes import LocalProcesses, ProcessState
-from boreal.types import InstanceName
 
 POLL_S = 0.1
 
@@ -40,6 +44,33 @@ class Backoff:
         return min(self.cap_s, self.first_s * 2.0 ** min(short_lives - 1, 16))
 
 
+class ClusterNames:
+    """The processes to be watched: what cluster.json says, read again whenever it has changed."""
+
+    def __init__(self, cluster_dir: Path) -> None:
+        self._cluster_dir = cluster_dir
+        self._read: tuple[int, int] | None = None
+        self._names: tuple[str, ...] = ()
+
+    def __call__(self) -> tuple[str, ...]:
+        """The names as of now; the last ones known if the file cannot be read."""
+        try:
+            found = (self._cluster_dir / "cluster.json").stat()
+        except OSError:
+            return self._names
+        version = (found.st_ino, found.st_mtime_ns)  # it is replaced, never written into
+        if version != self._read:
+            self._read = version
+            try:
+                config = cluster.load(self._cluster_dir)
+            except BorealError as error:
+                _log.error("cannot read which processes there are", error=error.message)
+            else:
+                self._names = (cluster.ENDPOINTS, *config.instance_names)
+                _log.info("watching processes", names=self._names)
+        return self._names
+
+
 @dataclass(slots=True)
 class _Watched:
     """One process as the launcher remembers it."""
@@ -47,53 +78,64 @@ class _Watched:
     started_at: float
     short_lives: int = 0
     died_at: float | None = None
+    starting: bool = False
 
 
 class Launcher:
     """Watches the named processes; starts those that died, by the command they had.
 
     One that was stopped on purpose is left alone: `LocalProcesses` tells the two apart, and its
-    locks keep the launcher out of a stop or restart that is under way.
+    locks keep the launcher out of a stop or restart that is under way. Nobody waits for another's
+    lock.
     """
 
     def __init__(
         self,
         processes: LocalProcesses,
-        names: tuple[InstanceName, ...],
+        names: Callable[[], tuple[str, ...]],
         clock: Callable[[], float],
         backoff: Backoff | None = None,
     ) -> None:
         self._processes = processes
+        self._names = names
         self._clock = clock
         self._backoff = backoff or Backoff()
-        # What died before we came to look has not died young, as far as anyone knows.
-        self._watched = {name: _Watched(clock() - self._backoff.forgiven_after_s) for name in names}
+        self._watched: dict[str, _Watched] = {}
 
     async def run(self) -> None:
         """Watch until cancelled."""
-        while True:
-            for name, watched in self._watched.items():
-                await self._look(name, watched)
-            await asyncio.sleep(POLL_S)
+        async with asyncio.TaskGroup() as starts:
+            while True:
+                for name in self._names():
+                    if self._is_due(name):
+                        starts.create_task(self._start(name), name=f"start {name}")
+                await asyncio.sleep(POLL_S)
 
-    async def _look(self, name: InstanceName, watched: _Watched) -> None:
+    def _is_due(self, name: str) -> bool:
+        """Look at the process: whether it is dead and it is time to start it."""
+        now = self._clock()
+        # What died before we came to look has not died young, as far as anyone knows.
+        watched = self._watched.setdefault(name, _Watched(now - self._backoff.forgiven_after_s))
+        if watched.starting:
+            return False
         if self._processes.status(name).state is not ProcessState.DEAD:
             watched.died_at = None
-            return
-        now = self._clock()
+            return False
         if watched.died_at is None:
             watched.died_at = now
             young = now - watched.started_at < self._backoff.forgiven_after_s
             watched.short_lives = watched.short_lives + 1 if young else 0
-        delay_s = self._backoff.delay_s(watched.short_lives)
-        if now - watched.died_at < delay_s:
-            return
+        return now - watched.died_at >= self._backoff.delay_s(watched.short_lives)
+
+    async def _start(self, name: str) -> None:
+        watched = self._watched[name]
+        watched.starting = True
         try:
             pid = await asyncio.to_thread(self._processes.revive, name)
-        except BorealError as error:
-            _log.error("cannot start a process again", name=name, error=error.message)
+        except (BorealError, OSError, SubprocessError) as error:
+            _log.error("cannot start a process again", name=name, error=str(error))
             pid = None
         # A start that failed is a very short life.
-        watched.started_at, watched.died_at = self._clock(), None
+        watched.started_at, watched.died_at, watched.starting = self._clock(), None, False
         if pid is not None:
-            _log.info("started again", name=name, pid=pid, after_s=delay_s)
+            _log.info("started again", name=name, pid=pid, short_lives=watched.short_lives)

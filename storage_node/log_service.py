@@ -95,7 +95,9 @@ class StorageLogService(storage_pb2_grpc.StorageLogServicer):
         """Promise an epoch."""
         segment = self._volumes.find(request.volume.volume_id)
         segment.fence(epoch_of(request.volume))
-        return position_of(self._node, segment)
+        position = position_of(self._node, segment)
+        position.writer_silent_ms = int(segment.writer_silent_s * 1000)
+        return position
 
     async def Adopt(
         self, request: storage_pb2.AdoptRequest, _context: Context

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,8 +127,13 @@ class Segment:
     lose; `state.scl` is the log's end; `shared` says the same to the page process.
     """
 
-    def __init__(self, layout: VolumeLayout) -> None:
+    def __init__(
+        self, layout: VolumeLayout, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Open what is on disk. CorruptData if its state cannot be trusted."""
+        self._clock = clock
+        # What was heard before this process began is not known: it may have been a moment ago.
+        self._heard_at = clock()
         self.layout = layout
         stored = read_state(layout.state)
         self.facts, lineage = stored.facts, stored.lineage
@@ -246,8 +253,14 @@ class Segment:
         self.stage(lineage.last.epoch, at, data, vdl)
         return self.flush()
 
+    @property
+    def writer_silent_s(self) -> float:
+        """How long ago, at the least, something was last taken from a writer (quorum.lease)."""
+        return self._clock() - self._heard_at
+
     def heard_writer(self, *, with_data: bool, pgmrpl: int) -> None:
         """Note that an append of the writer's was taken, and pass its PGMRPL on (0: unknown)."""
+        self._heard_at = self._clock()
         self.appends += with_data
         if pgmrpl > self.shared.pgmrpl:
             self.shared.pgmrpl = Lsn(pgmrpl)

@@ -43,17 +43,36 @@ def psql_program() -> Path:
 
 def card(config: ClusterConfig) -> str:
     """All one needs to go on, in lines that can be copied whole."""
-    where = ""
-    if config.data_dir != default_data_dir():
-        where = f" --data-dir {shlex.quote(str(config.data_dir))}"
+    where = where_option(config.data_dir)
+    readers = len(config.compute) > 1
+    name = config.instance_names[0]
     rows = (
         ("DSN", config.dsn),
+        *((("readers", config.reader_dsn),) if readers else ()),
         ("psql", f"{shlex.quote(str(psql_program()))} '{config.dsn}'"),
         ("", f"boreal psql{where}"),
-        ("status", f"boreal status{where}"),
-        ("logs", f"{config.data_dir / 'logs'}   (boreal logs{where} db-1 -f)"),
+        ("status", f"boreal status{where} --watch"),
+        ("logs", f"{config.data_dir / 'logs'}   (boreal logs{where} {name} -f)"),
         ("try", f"boreal kill{where} sn-1   and see no client notice"),
-        ("", f"boreal kill{where} db-1   and see it come back with every commit"),
+        *(_with_readers(where) if readers else _alone(where, name)),
         ("stop", f"boreal down{where}"),
     )
     return "\n" + "\n".join(f"  {label:<8}{value}" for label, value in rows) + "\n"
+
+
+def _with_readers(where: str) -> tuple[tuple[str, str], ...]:
+    return (("", f"boreal failover{where}   and see the writer's role move, with every commit"),)
+
+
+def _alone(where: str, name: str) -> tuple[tuple[str, str], ...]:
+    return (
+        ("", f"boreal kill{where} {name}   and see it come back with every commit"),
+        ("", f"boreal add-reader{where}   and read from it at once"),
+    )
+
+
+def where_option(data_dir: Path) -> str:
+    """What names this cluster on a command line, with a space before; nothing for the usual one."""
+    if data_dir == default_data_dir():
+        return ""
+    return f" --data-dir {shlex.quote(str(data_dir))}"

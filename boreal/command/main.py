@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,9 @@ from boreal import cluster
 from boreal.cluster import ClusterConfig
 from boreal.command.size import Size
 from boreal.errors import BadUsage, BorealError
+
+if TYPE_CHECKING:
+    from boreal.rpc import control_pb2  # takes a tenth of a second
 
 _FOLLOW_POLL_S = 0.1
 
@@ -79,7 +82,17 @@ def _data_dir_option(verb: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--port",
     type=click.IntRange(1, 65535),
-    help=f"Where PostgreSQL listens.  [default: {cluster.POSTGRES_PORT}, or as before]",
+    help=f"The writer endpoint's.  [default: {cluster.POSTGRES_PORT}, or as before]",
+)
+@click.option(
+    "--reader-port",
+    type=click.IntRange(1, 65535),
+    help="The reader endpoint's.  [default: the one after --port, or as before]",
+)
+@click.option(
+    "--readers",
+    type=click.IntRange(0, cluster.MAX_INSTANCES - 1),
+    help="Have at least so many readers; none is taken away.  [default: as before]",
 )
 @click.option(
     "--retain-log-mib",
@@ -90,23 +103,28 @@ def _data_dir_option(verb: Callable[..., Any]) -> Callable[..., Any]:
     "--cache-size",
     type=Size(least_bytes=16 * 1024 * 1024),
     metavar="SIZE",
-    help="Bound on the pages the compute node keeps on its disk: 512MB, 2GB, unlimited; for one "
+    help="Bound on the pages an instance keeps on its disk: 512MB, 2GB, unlimited; for one "
     "started from now on. A soft bound: pages just written or read, and those that running "
     "transactions may have changed, come on top.  [default: unlimited, or as before]",
 )
 def up(
     data_dir: Path,
     port: int | None,
+    reader_port: int | None,
+    readers: int | None,
     retain_log_mib: int | None,
     cache_size: int | None,
 ) -> None:
     """Start the cluster, or what is missing of it; return when SQL is served."""
     from boreal.command.card import Terminal, card
-    from boreal.command.lifecycle import UpOptions, bring_up
+    from boreal.command.lifecycle import bring_up
+    from boreal.command.settle import UpOptions
 
     options = UpOptions(
         data_dir=data_dir,
         postgres_port=port,
+        reader_port=reader_port,
+        readers=readers,
         retain_log_mib=retain_log_mib,
         cache_bytes=cache_size,
     )
@@ -131,7 +149,7 @@ def down(data_dir: Path) -> None:
 @main.command()
 @_data_dir_option
 @click.option("--json", "as_json", is_flag=True, help="For programs; see below.")
-@click.option("--watch", is_flag=True, help="Show it again every second.")
+@click.option("--watch", is_flag=True, help="Show it again every second, and what happens.")
 def status(data_dir: Path, as_json: bool, watch: bool) -> None:
     """Who is there, in which role, and how far each one is.
 
@@ -139,47 +157,71 @@ def status(data_dir: Path, as_json: bool, watch: bool) -> None:
     --json prints one object:
       data_dir   the cluster's directory
       control    name, process, pid, answers
+      endpoints  name, process, pid; writer and reader, each with its address
+                 and the instances it leads to
       volume     id, ready, epoch, vdl
-      writer     its name, or null
+      writer     the name of the instance appointed last, or null
       storage    for each node: name, zone, process, pid, alive, silent_ms,
                  promised_epoch, scl, lag_bytes (behind the VDL), indexed_lsn,
                  indexed_lag_bytes (behind its SCL), failure
-      compute    for each node: name, role, process, pid, alive, silent_ms,
-                 state, epoch, incarnation, vdl, flush_lsn, replay_lsn,
-                 bundle_end_lsn, timeline, postgres_pid, postgres_port,
-                 shipped_bytes, links (node, state, scl, ack_latency_us)
+      compute    for each instance: name, role, tier, process, pid, address,
+                 alive, silent_ms, state, takes_clients, epoch, incarnation,
+                 vdl, flush_lsn, received_lsn, replay_lsn, lag_bytes and
+                 lag_ms (of readers, behind the VDL), bundle_end_lsn,
+                 timeline, postgres_pid, postgres_port, shipped_bytes,
+                 links (node, state, scl, ack_latency_us)
     `process` is running, paused, dead or stopped. LSNs are text as PostgreSQL
     writes them. What is not known, as when the control plane is down, is null.
     """
     import asyncio
+    from contextlib import suppress
 
-    from boreal.command import status as view
+    from rich.console import Console
+
+    from boreal.command import status as found
+    from boreal.command.status_view import to_table
+    from boreal.command.watch import watch as show
 
     config = cluster.load(data_dir)
+    if watch:
+        with suppress(KeyboardInterrupt):
+            asyncio.run(show(data_dir, Console()))
+        return
+    report = found.to_json(asyncio.run(found.gather(config)))
     if as_json:
         import json
 
-        click.echo(json.dumps(view.to_json(asyncio.run(view.gather(config))), indent=2))
-        return
+        click.echo(json.dumps(report, indent=2))
+    else:
+        Console().print(to_table(report))
+
+
+@main.command()
+@_data_dir_option
+@click.option("--follow", "-f", is_flag=True, help="Go on with what happens.")
+@click.option("--json", "as_json", is_flag=True, help="One object a line, for programs.")
+def events(data_dir: Path, follow: bool, as_json: bool) -> None:
+    """List what happened: failovers with their durations, instances that came and went."""
+    import asyncio
+    from contextlib import suppress
+
     from rich.console import Console
 
-    if watch:
-        asyncio.run(_watch(config))
-        return
-    Console().print(view.to_table(asyncio.run(view.gather(config))))
+    from boreal.command import events as happened
 
+    config = cluster.load(data_dir)
+    console = Console(soft_wrap=True)
 
-async def _watch(config: ClusterConfig) -> None:
-    import asyncio
+    def tell(event: control_pb2.Event) -> None:
+        if as_json:
+            click.echo(happened.to_json(event))
+        else:
+            console.print(happened.to_line(event))
 
-    from rich.live import Live
-
-    from boreal.command import status as view
-
-    with Live(view.to_table(await view.gather(config)), auto_refresh=False) as live:
-        while True:
-            await asyncio.sleep(1.0)
-            live.update(view.to_table(await view.gather(config)), refresh=True)
+    last = asyncio.run(happened.show(config, tell))
+    if follow:
+        with suppress(KeyboardInterrupt):
+            asyncio.run(happened.follow(config, last, tell))
 
 
 @main.command()
@@ -217,19 +259,39 @@ def verify(data_dir: Path, nodes: tuple[str, ...], offline: str | None) -> None:
 # --- SQL -----------------------------------------------------------------------------------------
 
 
+def _target_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """`--reader` or `--instance`: whom to connect to, if not the writer endpoint."""
+    reader = click.option("--reader", is_flag=True, help="The reader endpoint.")
+    instance = click.option("--instance", metavar="NAME", help="This instance, whatever its role.")
+    return reader(instance(verb))
+
+
+def _target(config: ClusterConfig, reader: bool, instance: str | None) -> tuple[int, str]:
+    """The port and the connection string asked for."""
+    if reader and instance:
+        raise BadUsage("--reader and --instance name two targets; use one of them")
+    if instance:
+        return config.instance(instance).postgres_port, config.instance_dsn(instance)
+    if reader:
+        return config.reader_port, config.reader_dsn
+    return config.postgres_port, config.dsn
+
+
 @main.command(context_settings={"ignore_unknown_options": True})
 @_data_dir_option
+@_target_options
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def psql(data_dir: Path, arguments: tuple[str, ...]) -> None:
+def psql(data_dir: Path, reader: bool, instance: str | None, arguments: tuple[str, ...]) -> None:
     """Open psql at the writer as the master user; ARGUMENTS go to psql."""
     from boreal.command.card import psql_program
 
     config = cluster.load(data_dir)
+    port, _ = _target(config, reader, instance)
     program = str(psql_program())
     environment = {
         **os.environ,
         "PGHOST": cluster.HOST,
-        "PGPORT": str(config.postgres_port),
+        "PGPORT": str(port),
         "PGUSER": cluster.MASTER_USER,
         "PGDATABASE": cluster.DATABASE,
         "PGPASSWORD": config.master_password,  # not an argument: those everybody can see
@@ -239,9 +301,61 @@ def psql(data_dir: Path, arguments: tuple[str, ...]) -> None:
 
 @main.command()
 @_data_dir_option
-def dsn(data_dir: Path) -> None:
-    """Print the writer's connection string."""
-    click.echo(cluster.load(data_dir).dsn)
+@_target_options
+def dsn(data_dir: Path, reader: bool, instance: str | None) -> None:
+    """Print a connection string: the writer endpoint's."""
+    _, dsn = _target(cluster.load(data_dir), reader, instance)
+    click.echo(dsn)
+
+
+# --- instances -----------------------------------------------------------------------------------
+
+
+@main.command()
+@_data_dir_option
+@click.option(
+    "--tier",
+    type=click.IntRange(0, cluster.LAST_TIER),
+    default=cluster.DEFAULT_TIER,
+    show_default=True,
+    help="Who takes over when the writer fails: 0 before 1, and so on.",
+)
+def add_reader(data_dir: Path, tier: int) -> None:
+    """Add an instance; return when it can be read from."""
+    from boreal.command.card import Terminal
+    from boreal.command.instances import add_reader as run
+
+    config, entry = run(data_dir, tier, Terminal())
+    click.echo(config.instance_dsn(entry.name))
+
+
+@main.command()
+@_data_dir_option
+@click.argument("name")
+def remove_reader(data_dir: Path, name: str) -> None:
+    """Stop an instance that is not the writer, for good."""
+    from boreal.command.card import Terminal
+    from boreal.command.instances import remove_reader as run
+
+    run(data_dir, name, Terminal())
+
+
+@main.command()
+@_data_dir_option
+@click.option("--target", default="", metavar="NAME", help="The instance that is to be the writer.")
+def failover(data_dir: Path, target: str) -> None:
+    """Make another instance the writer, losing nothing; return when it serves.
+
+    Without --target it is the reader of the lowest tier, and of those the one furthest ahead.
+    """
+    import asyncio
+
+    from boreal.command.instances import fail_over
+
+    done = asyncio.run(fail_over(cluster.load(data_dir), target))
+    click.echo(
+        f"{done.writer} is the writer, epoch {done.epoch}; it took {done.took_ms / 1000:.2f} s"
+    )
 
 
 # --- one process ---------------------------------------------------------------------------------
@@ -282,28 +396,41 @@ def _follow(path: Path, position: int) -> None:
 @_data_dir_option
 @click.argument("name")
 def kill(data_dir: Path, name: str) -> None:
-    """Kill -9 a process and its children, as a crash would."""
+    """Kill -9 a process and its children, as a crash would.
+
+    NAME is sn-1 to sn-6, db-1 and so on, endpoints, or control.
+    """
     from boreal.command.roster import check_name
     from boreal.processes import LocalProcesses
 
     config = cluster.load(data_dir)
     pid = LocalProcesses(data_dir).kill(check_name(config, name))
-    click.echo(f"killed {name}, pid {pid}. {_after_kill(name)}")
+    click.echo(f"killed {name}, pid {pid}. {_after_kill(config, name)}")
 
 
-def _after_kill(name: str) -> str:
-    if name == cluster.COMPUTE:
-        return "It comes back by itself, with a new epoch: see `boreal status --watch`"
+def _after_kill(config: ClusterConfig, name: str) -> str:
     if name == cluster.CONTROL:
         return "Reads and writes go on without it. Start it with `boreal restart control`"
-    return f"Start it with `boreal restart {name}`; it will catch up by itself"
+    if name == cluster.ENDPOINTS:
+        return "It comes back by itself; connections that are open are not touched"
+    if name not in config.instance_names:
+        return f"Start it with `boreal restart {name}`; it will catch up by itself"
+    if len(config.compute) == 1:
+        return "It comes back by itself, with a new epoch: see `boreal status --watch`"
+    return (
+        "It comes back by itself, as a reader; if it was the writer, another instance takes over: "
+        "see `boreal status --watch`"
+    )
 
 
 @main.command()
 @_data_dir_option
 @click.argument("name")
 def pause(data_dir: Path, name: str) -> None:
-    """Freeze a process and its children (SIGSTOP), as a hung machine would."""
+    """Freeze a process and its children (SIGSTOP), as a hung machine would.
+
+    A frozen writer is replaced after a moment, if there is a reader.
+    """
     from boreal.command.roster import check_name
     from boreal.processes import LocalProcesses
 
@@ -327,7 +454,11 @@ def resume(data_dir: Path, name: str) -> None:
 @_data_dir_option
 @click.argument("name")
 def restart(data_dir: Path, name: str) -> None:
-    """Stop a process if it runs, start it, and wait until it does its work."""
+    """Stop a process if it runs, start it, and wait until it does its work.
+
+    An instance does when it takes clients. The writer comes back as a reader if another instance
+    took over meanwhile; clients notice less if `boreal failover` moved its role before.
+    """
     from boreal.command.card import Terminal
     from boreal.command.lifecycle import restart as run
     from boreal.command.roster import check_name

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
-from boreal.cluster import COMPUTE, CONTROL, HOST, ZONES, ClusterConfig, StorageEntry
+from boreal.cluster import (
+    CONTROL,
+    ENDPOINTS,
+    HOST,
+    ZONES,
+    ClusterConfig,
+    InstanceEntry,
+    StorageEntry,
+)
 from boreal.errors import BadUsage
 
 
 def storage_names() -> tuple[str, ...]:
     """The storage nodes."""
     return tuple(ZONES)
+
+
+def is_instance(name: str) -> bool:
+    """Whether a process of that name is an instance, one that `cluster.json` forgot included."""
+    return name not in (CONTROL, ENDPOINTS, *ZONES)
 
 
 def check_name(config: ClusterConfig, name: str) -> str:
@@ -20,29 +34,51 @@ def check_name(config: ClusterConfig, name: str) -> str:
     return name
 
 
+def listed(names: Sequence[str]) -> str:
+    """Names in few words: `control, sn-1 to sn-6, db-1`."""
+    runs: list[list[str]] = []
+    for name in names:
+        if runs and _follows(runs[-1][-1], name):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(run) for run in runs)
+
+
+def _follows(former: str, name: str) -> bool:
+    (kind, _, number), (other_kind, _, other) = former.rpartition("-"), name.rpartition("-")
+    if not kind or kind != other_kind or not (number.isdecimal() and other.isdecimal()):
+        return False
+    return int(other) == int(number) + 1
+
+
 def command_line(config: ClusterConfig, name: str) -> tuple[str, ...]:
     """How to start process `name`."""
     # -P: what happens to lie in the working directory must not be imported.
     python = (sys.executable, "-P", "-m")
     if name == CONTROL:
         return (*python, "control_plane", *_control_options(config))
-    if name == COMPUTE:
-        return (*python, "compute_node", *_compute_options(config))
-    return (*python, "storage_node", *_storage_options(config, _entry(config, name)))
+    if name == ENDPOINTS:
+        return (*python, "control_plane.endpoints", *_endpoints_options(config))
+    if name in storage_names():
+        return (*python, "storage_node", *_storage_options(config, _node(config, name)))
+    return (*python, "compute_node", *_compute_options(config, config.instance(name)))
 
 
 def ports_of(config: ClusterConfig, name: str) -> tuple[int, ...]:
     """What process `name` listens on."""
     if name == CONTROL:
         return (config.control_port,)
-    if name == COMPUTE:
-        return (config.agent_port, config.postgres_port)
-    entry = _entry(config, name)
-    return (entry.log_port, entry.frames_port, entry.pages_port)
+    if name == ENDPOINTS:
+        return (config.postgres_port, config.reader_port)
+    if name in storage_names():
+        node = _node(config, name)
+        return (node.log_port, node.frames_port, node.pages_port)
+    instance = config.instance(name)
+    return (instance.agent_port, instance.postgres_port)
 
 
-def _entry(config: ClusterConfig, name: str) -> StorageEntry:
-    check_name(config, name)
+def _node(config: ClusterConfig, name: str) -> StorageEntry:
     return next(entry for entry in config.storage if entry.name == name)
 
 
@@ -52,6 +88,15 @@ def _control_options(config: ClusterConfig) -> tuple[str, ...]:
         f"--host={HOST}",
         f"--port={config.control_port}",
         f"--launch={config.data_dir}",
+    )
+
+
+def _endpoints_options(config: ClusterConfig) -> tuple[str, ...]:
+    return (
+        f"--control={config.control_address}",
+        f"--host={HOST}",
+        f"--writer-port={config.postgres_port}",
+        f"--reader-port={config.reader_port}",
     )
 
 
@@ -69,14 +114,15 @@ def _storage_options(config: ClusterConfig, entry: StorageEntry) -> tuple[str, .
     )
 
 
-def _compute_options(config: ClusterConfig) -> tuple[str, ...]:
+def _compute_options(config: ClusterConfig, entry: InstanceEntry) -> tuple[str, ...]:
     return (
-        f"--name={COMPUTE}",
-        f"--data-dir={config.data_dir / COMPUTE}",
+        f"--name={entry.name}",
+        f"--data-dir={config.data_dir / entry.name}",
         f"--control={config.control_address}",
         f"--host={HOST}",
-        f"--port={config.agent_port}",
-        f"--postgres-port={config.postgres_port}",
+        f"--port={entry.agent_port}",
+        f"--postgres-port={entry.postgres_port}",
+        f"--tier={entry.tier}",
         f"--password-file={config.password_file}",
         *((f"--cache-size={config.cache_bytes}",) if config.cache_bytes else ()),
     )

@@ -1,21 +1,24 @@
-"""`boreal status`: what is gathered, its JSON form, its table."""
+"""`boreal status`: what is gathered, and its JSON form. (status_view.py shows it to people.)"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
-from boreal.cluster import COMPUTE, CONTROL, ClusterConfig
-from boreal.command.remote import connect, if_reachable
-from boreal.processes import LocalProcesses, ProcessStatus
+from boreal.cluster import CONTROL, ENDPOINTS, HOST, ClusterConfig, InstanceEntry
+from boreal.command.remote import Remote, connect, if_reachable, state_name
+from boreal.processes import LocalProcesses, ProcessState, ProcessStatus
 from boreal.rpc import compute_pb2, control_pb2
 from boreal.types import format_lsn
 
 Json = dict[str, Any]
+
+_ROLES = {
+    compute_pb2.WRITER: "writer",
+    compute_pb2.YIELDING: "writer",
+    compute_pb2.READER: "reader",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,35 +26,33 @@ class Gathered:
     """What was found out, raw."""
 
     config: ClusterConfig
-    processes: dict[str, ProcessStatus]
+    processes: Mapping[str, ProcessStatus]
     cluster: control_pb2.ClusterStatus | None
     """None: the control plane does not answer."""
-    compute: compute_pb2.ComputeStatus | None
-    """From the compute node itself; None: it does not answer."""
+    instances: Mapping[str, compute_pb2.ComputeStatus]
+    """From the instances themselves, those that answer."""
 
 
 async def gather(config: ClusterConfig) -> Gathered:
-    """Ask the kernel, the control plane and the compute node."""
+    """Ask the kernel, the control plane and the instances."""
+    async with connect(config) as remote:
+        return await gather_by(config, remote)
+
+
+async def gather_by(config: ClusterConfig, remote: Remote) -> Gathered:
+    """The same over connections that are kept."""
     local = LocalProcesses(config.data_dir)
     processes = {name: local.status(name) for name in config.names}
-    async with connect(config) as remote:
-        return Gathered(
-            config=config,
-            processes=processes,
-            cluster=await if_reachable(remote.cluster_status())
-            if _answers(processes[CONTROL])
-            else None,
-            compute=await if_reachable(remote.compute_status())
-            if _answers(processes[COMPUTE])
-            else None,
-        )
 
+    def answers(name: str) -> bool:
+        return processes[name].state is ProcessState.RUNNING
 
-def _answers(status: ProcessStatus) -> bool:
-    return status.state.value == "running"
-
-
-# --- as JSON -------------------------------------------------------------------------------------
+    return Gathered(
+        config=config,
+        processes=processes,
+        cluster=await if_reachable(remote.cluster_status()) if answers(CONTROL) else None,
+        instances=await remote.instances(list(filter(answers, config.instance_names))),
+    )
 
 
 def to_json(found: Gathered) -> Json:
@@ -66,20 +67,49 @@ def to_json(found: Gathered) -> Json:
     return {
         "data_dir": str(found.config.data_dir),
         "control": {**_process(found.processes[CONTROL]), "answers": known},
+        "endpoints": _endpoints(found),
         "volume": {
             "id": _volume_id(found) or None,
             "ready": status.volume_ready if known else None,
             "epoch": _epoch(found),
             "vdl": _lsn(vdl),
         },
-        "writer": status.writer or (COMPUTE if _is_writer(found.compute) else None),
+        "writer": status.writer or _writer_at_work(found),
         "storage": [_node(found, entry.name, vdl) for entry in found.config.storage],
-        "compute": [_instance(found)],
+        "compute": [_instance(found, entry, vdl) for entry in found.config.compute],
     }
 
 
 def _process(status: ProcessStatus) -> Json:
     return {"name": status.name, "process": status.state.value, "pid": status.pid}
+
+
+# --- endpoints -----------------------------------------------------------------------------------
+
+
+def _endpoints(found: Gathered) -> Json:
+    """Where the endpoints are, and whom they lead to as far as the instances tell."""
+    taking = [name for name, status in found.instances.items() if status.takes_clients]
+    writers = [name for name in taking if name == _writer_at_work(found)]
+    readers = [name for name in taking if found.instances[name].state == compute_pb2.READER]
+    return {
+        **_process(found.processes[ENDPOINTS]),
+        "writer": {"address": f"{HOST}:{found.config.postgres_port}", "instances": writers},
+        "reader": {
+            "address": f"{HOST}:{found.config.reader_port}",
+            "instances": readers or writers,
+        },
+    }
+
+
+def _writer_at_work(found: Gathered) -> str | None:
+    """Of those that say they are, the one with the newest epoch: the others were deposed."""
+    writers = [each for each in found.instances.values() if _ROLES.get(each.state) == "writer"]
+    newest = max(writers, key=lambda status: status.volume.epoch, default=None)
+    return newest.instance if newest else None
+
+
+# --- storage nodes -------------------------------------------------------------------------------
 
 
 def _node(found: Gathered, name: str, vdl: int) -> Json:
@@ -120,26 +150,67 @@ def _node(found: Gathered, name: str, vdl: int) -> Json:
     }
 
 
-def _instance(found: Gathered) -> Json:
-    instances = found.cluster.instances if found.cluster else ()
-    reported = next((each for each in instances if each.status.instance == COMPUTE), None)
-    status = found.compute
+# --- instances -----------------------------------------------------------------------------------
+
+_UNKNOWN_INSTANCE: Json = {
+    "role": None,
+    "state": None,
+    "takes_clients": None,
+    "epoch": None,
+    "incarnation": None,
+    "vdl": None,
+    "flush_lsn": None,
+    "received_lsn": None,
+    "replay_lsn": None,
+    "lag_bytes": None,
+    "lag_ms": None,
+    "bundle_end_lsn": None,
+    "timeline": None,
+    "postgres_pid": None,
+    "shipped_bytes": None,
+    "links": [],
+}
+
+
+def _instance(found: Gathered, entry: InstanceEntry, vdl: int) -> Json:
+    reported = next(
+        (
+            each
+            for each in (found.cluster.instances if found.cluster else ())
+            if each.status.instance == entry.name
+        ),
+        None,
+    )
+    status = found.instances.get(entry.name)
     return {
-        **_process(found.processes[COMPUTE]),
-        "role": _role(status),
+        **_process(found.processes[entry.name]),
+        "tier": entry.tier,
+        "address": f"{HOST}:{entry.postgres_port}",
+        "postgres_port": entry.postgres_port,
         "alive": reported.alive if reported else None,
         "silent_ms": reported.silent_ms if reported else None,
-        "state": compute_pb2.ComputeState.Name(status.state).lower() if status else None,
-        "epoch": status.volume.epoch if status else None,
-        "incarnation": status.incarnation if status else None,
-        "vdl": _lsn(status.vdl) if status else None,
-        "flush_lsn": _lsn(status.flush_lsn) if status else None,
-        "replay_lsn": _lsn(status.replay_lsn) if status else None,
-        "bundle_end_lsn": _lsn(status.bundle_end_lsn) if status else None,
-        "timeline": status.timeline if status else None,
-        "postgres_pid": (status.postgres_pid or None) if status else None,
-        "postgres_port": found.config.postgres_port,
-        "shipped_bytes": status.shipped_bytes if status else None,
+        **(_instance_status(status, vdl) if status else _UNKNOWN_INSTANCE),
+    }
+
+
+def _instance_status(status: compute_pb2.ComputeStatus, vdl: int) -> Json:
+    reads = status.state == compute_pb2.READER and status.replay_lsn
+    return {
+        "role": _ROLES.get(status.state),
+        "state": state_name(status),
+        "takes_clients": status.takes_clients,
+        "epoch": status.volume.epoch,
+        "incarnation": status.incarnation,
+        "vdl": _lsn(status.vdl),
+        "flush_lsn": _lsn(status.flush_lsn),
+        "received_lsn": _lsn(status.received_lsn),
+        "replay_lsn": _lsn(status.replay_lsn),
+        "lag_bytes": max(0, vdl - status.replay_lsn) if reads else None,
+        "lag_ms": status.replay_lag_us / 1000 if reads else None,
+        "bundle_end_lsn": _lsn(status.bundle_end_lsn),
+        "timeline": status.timeline,
+        "postgres_pid": status.postgres_pid or None,
+        "shipped_bytes": status.shipped_bytes,
         "links": [
             {
                 "node": link.node,
@@ -149,30 +220,25 @@ def _instance(found: Gathered) -> Json:
                 "ack_p50_us": link.ack_p50_us,
                 "ack_p99_us": link.ack_p99_us,
             }
-            for link in (status.links if status else ())
+            for link in status.links
         ],
     }
 
 
-def _is_writer(status: compute_pb2.ComputeStatus | None) -> bool:
-    return status is not None and status.state == compute_pb2.WRITER
-
-
-def _role(status: compute_pb2.ComputeStatus | None) -> str | None:
-    if status is None:
-        return None
-    return {compute_pb2.WRITER: "writer", compute_pb2.READER: "reader"}.get(status.state)
+# --- the volume ----------------------------------------------------------------------------------
 
 
 def _volume_id(found: Gathered) -> str:
-    for status in (found.cluster, found.compute):
+    for status in (found.cluster, *found.instances.values()):
         if status is not None and status.volume.volume_id:
             return status.volume.volume_id
     return ""
 
 
 def _epoch(found: Gathered) -> int | None:
-    epochs = [each.volume.epoch for each in (found.cluster, found.compute) if each is not None]
+    epochs = [status.volume.epoch for status in found.instances.values()]
+    if found.cluster is not None:
+        epochs.append(found.cluster.volume.epoch)
     return max(epochs, default=None)
 
 
@@ -184,96 +250,8 @@ def _vdl(found: Gathered) -> int:
         for segment in node.segments
         if segment.volume_id == _volume_id(found)
     ]
-    return max([found.compute.vdl if found.compute else 0, *told])
+    return max([0, *told, *(status.vdl for status in found.instances.values())])
 
 
 def _lsn(lsn: int) -> str | None:
     return format_lsn(lsn) if lsn else None
-
-
-# --- as a table ----------------------------------------------------------------------------------
-
-
-def to_table(found: Gathered) -> RenderableType:
-    """For people."""
-    report = to_json(found)
-    return Group(_headline(report), _members(report))
-
-
-def _headline(report: Json) -> Text:
-    volume = report["volume"]
-    if all(row["pid"] is None for row in _rows(report)):
-        return Text("the cluster is down; `boreal up` starts it", "bold")
-    if not report["control"]["answers"]:
-        return Text.assemble(
-            ("the control plane does not answer", "bold red"),
-            ": what only it knows is missing below. Reads and writes go on without it; "
-            "`boreal restart control` starts it",
-        )
-    ready = volume["id"] if volume["ready"] else "not created yet"
-    return Text(
-        f"volume {ready}   epoch {volume['epoch'] or '-'}   VDL {volume['vdl'] or '-'}   "
-        f"writer {report['writer'] or '-'}"
-    )
-
-
-def _rows(report: Json) -> list[Json]:
-    return [report["control"], *report["storage"], *report["compute"]]
-
-
-def _members(report: Json) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("name", "zone", "process", "pid", "state", "SCL / LSN"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("lag", "not indexed", "log kept"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    control = report["control"]
-    table.add_row("control", "", *_process_cells(control), _word(control["answers"], "answers"))
-    for node in report["storage"]:
-        table.add_row(
-            node["name"],
-            node["zone"],
-            *_process_cells(node),
-            _node_state(node),
-            node["scl"] or "-",
-            _bytes(node["lag_bytes"]),
-            _bytes(node["indexed_lag_bytes"]),
-            _bytes(node["log_kept_bytes"]),
-        )
-    for instance in report["compute"]:
-        lsn = instance["flush_lsn"] or instance["replay_lsn"] or "-"
-        table.add_row(
-            instance["name"], "", *_process_cells(instance), instance["state"] or "-", lsn
-        )
-    return table
-
-
-def _process_cells(row: Json) -> tuple[Text, str]:
-    style = {"running": "green", "paused": "yellow", "dead": "bold red"}.get(row["process"], "dim")
-    return Text(row["process"], style), str(row["pid"] or "-")
-
-
-def _node_state(node: Json) -> Text:
-    if node["failure"]:
-        return Text(node["failure"], "bold red")
-    if node["process"] != "running":  # the control plane takes a moment to notice
-        return Text("-", "dim")
-    if node["alive"] is False:
-        return Text(f"silent for {node['silent_ms'] / 1000:.0f} s", "yellow")
-    if node["ack_delay_us"]:
-        return Text(f"acks +{node['ack_delay_us'] / 1000:.0f} ms", "yellow")
-    return _word(node["alive"], "alive")
-
-
-def _word(value: bool | None, word: str) -> Text:
-    return Text(word, "green") if value else Text("-", "dim")
-
-
-def _bytes(size_bytes: int | None) -> str:
-    if size_bytes is None:
-        return "-"
-    for unit in ("B", "KiB", "MiB"):
-        if size_bytes < 10_000:
-            return f"{size_bytes} {unit}"
-        size_bytes //= 1024
-    return f"{size_bytes} GiB"

@@ -15,7 +15,7 @@ from rich.table import Table
 from boreal.cluster import ClusterConfig
 from boreal.command.remote import connect
 from boreal.command.roster import storage_names
-from boreal.errors import Internal, NotWriter
+from boreal.errors import Internal
 from boreal.rpc import compute_pb2
 from boreal.types import Fork, format_lsn
 
@@ -25,13 +25,10 @@ async def verify(config: ClusterConfig, nodes: Sequence[str], console: Console) 
     began = time.monotonic()
     summary: compute_pb2.VerifySummary | None = None
     async with connect(config) as remote:
-        status = await remote.compute_status()
-        if status.state != compute_pb2.WRITER:
-            state = compute_pb2.ComputeState.Name(status.state).lower()
-            raise NotWriter(f"{status.instance} is {state}; verify needs the writer at work")
+        writer = await remote.writer()
         with _progress(console) as progress:
             task = progress.add_task("pages", total=None)
-            async for event in remote.verify(status.volume, nodes):
+            async for event in remote.verify(writer, nodes):
                 match event.WhichOneof("event"):
                     case "progress":
                         done, total = event.progress.pages_done, event.progress.pages_total
@@ -41,7 +38,7 @@ async def verify(config: ClusterConfig, nodes: Sequence[str], console: Console) 
                     case "summary":
                         summary = event.summary
     if summary is None:
-        raise Internal("the compute node ended the comparison without a result")
+        raise Internal("the writer ended the comparison without a result")
     console.print(_totals(summary, time.monotonic() - began))
     return summary.differences
 

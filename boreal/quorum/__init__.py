@@ -1,4 +1,4 @@
-"""The pure heart: lineage, segment, durability and recovery. Values in, values out.
+"""The pure heart: lineage, segment, durability, recovery, lease. Values in, values out.
 
 A volume's log is one byte stream. It lives on six segments; a byte range is *durable* once four of
 them hold it. Writers come and go, each under a volume epoch of its own; what one may do to the log

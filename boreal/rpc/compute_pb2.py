@@ -25,35 +25,41 @@ _sym_db = _symbol_database.Default()
 from boreal.rpc import common_pb2 as boreal_dot_rpc_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62oreal/rpc/compute.proto\x12\x06\x62oreal\x1a\x17\x62oreal/rpc/common.proto\"\x19\n\x17GetComputeStatusRequest\"\xac\x02\n\rComputeStatus\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.boreal.ComputeState\x12!\n\x06volume\x18\x04 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x0b\n\x03vdl\x18\x05 \x01(\x04\x12\x11\n\tflush_lsn\x18\x06 \x01(\x04\x12\x12\n\nreplay_lsn\x18\x07 \x01(\x04\x12\x10\n\x08timeline\x18\x08 \x01(\r\x12\x16\n\x0e\x62undle_end_lsn\x18\t \x01(\x04\x12!\n\x05links\x18\n \x03(\x0b\x32\x12.boreal.LinkStatus\x12\x14\n\x0cpostgres_pid\x18\x0b \x01(\r\x12\x15\n\rshipped_bytes\x18\x0c \x01(\x04\"v\n\nLinkStatus\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0b\n\x03scl\x18\x03 \x01(\x04\x12\x16\n\x0e\x61\x63k_latency_us\x18\x04 \x01(\x04\x12\x12\n\nack_p50_us\x18\x05 \x01(\x04\x12\x12\n\nack_p99_us\x18\x06 \x01(\x04\"6\n\x11TakeBundleRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\"_\n\x12TakeBundleResponse\x12\x10\n\x08redo_lsn\x18\x01 \x01(\x04\x12\x0f\n\x07\x65nd_lsn\x18\x02 \x01(\x04\x12\x12\n\nbytes_sent\x18\x03 \x01(\x04\x12\x12\n\nfiles_sent\x18\x04 \x01(\r\"A\n\rVerifyRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\r\n\x05nodes\x18\x02 \x03(\t\"\x9a\x01\n\x0bVerifyEvent\x12*\n\x08progress\x18\x01 \x01(\x0b\x32\x16.boreal.VerifyProgressH\x00\x12,\n\ndifference\x18\x02 \x01(\x0b\x32\x16.boreal.PageDifferenceH\x00\x12(\n\x07summary\x18\x03 \x01(\x0b\x32\x15.boreal.VerifySummaryH\x00\x42\x07\n\x05\x65vent\"9\n\x0eVerifyProgress\x12\x12\n\npages_done\x18\x01 \x01(\x04\x12\x13\n\x0bpages_total\x18\x02 \x01(\x04\"\x85\x01\n\x0ePageDifference\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tabase\x18\x02 \x01(\t\x12\x10\n\x08relation\x18\x03 \x01(\t\x12\"\n\x04\x66ork\x18\x04 \x01(\x0b\x32\x14.boreal.RelationFork\x12\r\n\x05\x62lock\x18\x05 \x01(\r\x12\x0e\n\x06reason\x18\x06 \x01(\t\"\x9c\x01\n\rVerifySummary\x12\r\n\x05pages\x18\x01 \x01(\x04\x12\x11\n\trelations\x18\x02 \x01(\r\x12\x11\n\tdatabases\x18\x03 \x01(\r\x12\x13\n\x0b\x64ifferences\x18\x04 \x01(\x04\x12\x0b\n\x03lsn\x18\x05 \x01(\x04\x12\r\n\x05nodes\x18\x06 \x03(\t\x12\x0f\n\x07orphans\x18\x07 \x01(\r\x12\x14\n\x0corphan_pages\x18\x08 \x01(\x04*\x8c\x01\n\x0c\x43omputeState\x12\x1d\n\x19\x43OMPUTE_STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07WAITING\x10\x01\x12\x0c\n\x08\x43REATING\x10\x02\x12\r\n\tRESTORING\x10\x03\x12\n\n\x06READER\x10\x04\x12\r\n\tPROMOTING\x10\x05\x12\n\n\x06WRITER\x10\x06\x12\x0c\n\x08STOPPING\x10\x07\x32\xcb\x01\n\x07\x43ompute\x12\x43\n\tGetStatus\x12\x1f.boreal.GetComputeStatusRequest\x1a\x15.boreal.ComputeStatus\x12\x43\n\nTakeBundle\x12\x19.boreal.TakeBundleRequest\x1a\x1a.boreal.TakeBundleResponse\x12\x36\n\x06Verify\x12\x15.boreal.VerifyRequest\x1a\x13.boreal.VerifyEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62oreal/rpc/compute.proto\x12\x06\x62oreal\x1a\x17\x62oreal/rpc/common.proto\"\x19\n\x17GetComputeStatusRequest\"\xbb\x03\n\rComputeStatus\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.boreal.ComputeState\x12!\n\x06volume\x18\x04 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x0b\n\x03vdl\x18\x05 \x01(\x04\x12\x11\n\tflush_lsn\x18\x06 \x01(\x04\x12\x12\n\nreplay_lsn\x18\x07 \x01(\x04\x12\x10\n\x08timeline\x18\x08 \x01(\r\x12\x16\n\x0e\x62undle_end_lsn\x18\t \x01(\x04\x12!\n\x05links\x18\n \x03(\x0b\x32\x12.boreal.LinkStatus\x12\x14\n\x0cpostgres_pid\x18\x0b \x01(\r\x12\x15\n\rshipped_bytes\x18\x0c \x01(\x04\x12\x0c\n\x04tier\x18\r \x01(\r\x12\x15\n\rreplay_lag_us\x18\x0e \x01(\x04\x12\x14\n\x0creceived_lsn\x18\x0f \x01(\x04\x12\x15\n\rtakes_clients\x18\x10 \x01(\x08\x12\x10\n\x08handover\x18\x11 \x01(\t\x12)\n\tfollowers\x18\x12 \x03(\x0b\x32\x16.boreal.FollowerStatus\"\x80\x01\n\x0e\x46ollowerStatus\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x10\n\x08sent_lsn\x18\x02 \x01(\x04\x12\x12\n\nreplay_lsn\x18\x03 \x01(\x04\x12\x11\n\tfloor_lsn\x18\x04 \x01(\x04\x12\x13\n\x0boldest_xmin\x18\x05 \x01(\x04\x12\x0e\n\x06lag_us\x18\x06 \x01(\x04\"\xa3\x01\n\x0e\x46ollowerReport\x12\x10\n\x08instance\x18\x01 \x01(\t\x12!\n\x06volume\x18\x02 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x10\n\x08\x66rom_lsn\x18\x03 \x01(\x04\x12\x12\n\nreplay_lsn\x18\x04 \x01(\x04\x12\x11\n\tfloor_lsn\x18\x05 \x01(\x04\x12\x13\n\x0boldest_xmin\x18\x06 \x01(\x04\x12\x0e\n\x06lag_us\x18\x07 \x01(\x04\"@\n\x08LogPiece\x12\x11\n\tstart_lsn\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x13\n\x0b\x64urable_lsn\x18\x03 \x01(\x04\"v\n\nLinkStatus\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0b\n\x03scl\x18\x03 \x01(\x04\x12\x16\n\x0e\x61\x63k_latency_us\x18\x04 \x01(\x04\x12\x12\n\nack_p50_us\x18\x05 \x01(\x04\x12\x12\n\nack_p99_us\x18\x06 \x01(\x04\"6\n\x11TakeBundleRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\"_\n\x12TakeBundleResponse\x12\x10\n\x08redo_lsn\x18\x01 \x01(\x04\x12\x0f\n\x07\x65nd_lsn\x18\x02 \x01(\x04\x12\x12\n\nbytes_sent\x18\x03 \x01(\x04\x12\x12\n\nfiles_sent\x18\x04 \x01(\r\"A\n\rVerifyRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\r\n\x05nodes\x18\x02 \x03(\t\"\x9a\x01\n\x0bVerifyEvent\x12*\n\x08progress\x18\x01 \x01(\x0b\x32\x16.boreal.VerifyProgressH\x00\x12,\n\ndifference\x18\x02 \x01(\x0b\x32\x16.boreal.PageDifferenceH\x00\x12(\n\x07summary\x18\x03 \x01(\x0b\x32\x15.boreal.VerifySummaryH\x00\x42\x07\n\x05\x65vent\"9\n\x0eVerifyProgress\x12\x12\n\npages_done\x18\x01 \x01(\x04\x12\x13\n\x0bpages_total\x18\x02 \x01(\x04\"\x85\x01\n\x0ePageDifference\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tabase\x18\x02 \x01(\t\x12\x10\n\x08relation\x18\x03 \x01(\t\x12\"\n\x04\x66ork\x18\x04 \x01(\x0b\x32\x14.boreal.RelationFork\x12\r\n\x05\x62lock\x18\x05 \x01(\r\x12\x0e\n\x06reason\x18\x06 \x01(\t\"\x9c\x01\n\rVerifySummary\x12\r\n\x05pages\x18\x01 \x01(\x04\x12\x11\n\trelations\x18\x02 \x01(\r\x12\x11\n\tdatabases\x18\x03 \x01(\r\x12\x13\n\x0b\x64ifferences\x18\x04 \x01(\x04\x12\x0b\n\x03lsn\x18\x05 \x01(\x04\x12\r\n\x05nodes\x18\x06 \x03(\t\x12\x0f\n\x07orphans\x18\x07 \x01(\r\x12\x14\n\x0corphan_pages\x18\x08 \x01(\x04*\x9a\x01\n\x0c\x43omputeState\x12\x1d\n\x19\x43OMPUTE_STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07WAITING\x10\x01\x12\x0c\n\x08\x43REATING\x10\x02\x12\r\n\tRESTORING\x10\x03\x12\n\n\x06READER\x10\x04\x12\r\n\tPROMOTING\x10\x05\x12\n\n\x06WRITER\x10\x06\x12\x0c\n\x08STOPPING\x10\x07\x12\x0c\n\x08YIELDING\x10\x08\x32\x83\x02\n\x07\x43ompute\x12\x43\n\tGetStatus\x12\x1f.boreal.GetComputeStatusRequest\x1a\x15.boreal.ComputeStatus\x12\x36\n\x06\x46ollow\x12\x16.boreal.FollowerReport\x1a\x10.boreal.LogPiece(\x01\x30\x01\x12\x43\n\nTakeBundle\x12\x19.boreal.TakeBundleRequest\x1a\x1a.boreal.TakeBundleResponse\x12\x36\n\x06Verify\x12\x15.boreal.VerifyRequest\x1a\x13.boreal.VerifyEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'boreal.rpc.compute_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COMPUTESTATE']._serialized_start=1243
-  _globals['_COMPUTESTATE']._serialized_end=1383
+  _globals['_COMPUTESTATE']._serialized_start=1749
+  _globals['_COMPUTESTATE']._serialized_end=1903
   _globals['_GETCOMPUTESTATUSREQUEST']._serialized_start=61
   _globals['_GETCOMPUTESTATUSREQUEST']._serialized_end=86
   _globals['_COMPUTESTATUS']._serialized_start=89
-  _globals['_COMPUTESTATUS']._serialized_end=389
-  _globals['_LINKSTATUS']._serialized_start=391
-  _globals['_LINKSTATUS']._serialized_end=509
-  _globals['_TAKEBUNDLEREQUEST']._serialized_start=511
-  _globals['_TAKEBUNDLEREQUEST']._serialized_end=565
-  _globals['_TAKEBUNDLERESPONSE']._serialized_start=567
-  _globals['_TAKEBUNDLERESPONSE']._serialized_end=662
-  _globals['_VERIFYREQUEST']._serialized_start=664
-  _globals['_VERIFYREQUEST']._serialized_end=729
-  _globals['_VERIFYEVENT']._serialized_start=732
-  _globals['_VERIFYEVENT']._serialized_end=886
-  _globals['_VERIFYPROGRESS']._serialized_start=888
-  _globals['_VERIFYPROGRESS']._serialized_end=945
-  _globals['_PAGEDIFFERENCE']._serialized_start=948
-  _globals['_PAGEDIFFERENCE']._serialized_end=1081
-  _globals['_VERIFYSUMMARY']._serialized_start=1084
-  _globals['_VERIFYSUMMARY']._serialized_end=1240
-  _globals['_COMPUTE']._serialized_start=1386
-  _globals['_COMPUTE']._serialized_end=1589
+  _globals['_COMPUTESTATUS']._serialized_end=532
+  _globals['_FOLLOWERSTATUS']._serialized_start=535
+  _globals['_FOLLOWERSTATUS']._serialized_end=663
+  _globals['_FOLLOWERREPORT']._serialized_start=666
+  _globals['_FOLLOWERREPORT']._serialized_end=829
+  _globals['_LOGPIECE']._serialized_start=831
+  _globals['_LOGPIECE']._serialized_end=895
+  _globals['_LINKSTATUS']._serialized_start=897
+  _globals['_LINKSTATUS']._serialized_end=1015
+  _globals['_TAKEBUNDLEREQUEST']._serialized_start=1017
+  _globals['_TAKEBUNDLEREQUEST']._serialized_end=1071
+  _globals['_TAKEBUNDLERESPONSE']._serialized_start=1073
+  _globals['_TAKEBUNDLERESPONSE']._serialized_end=1168
+  _globals['_VERIFYREQUEST']._serialized_start=1170
+  _globals['_VERIFYREQUEST']._serialized_end=1235
+  _globals['_VERIFYEVENT']._serialized_start=1238
+  _globals['_VERIFYEVENT']._serialized_end=1392
+  _globals['_VERIFYPROGRESS']._serialized_start=1394
+  _globals['_VERIFYPROGRESS']._serialized_end=1451
+  _globals['_PAGEDIFFERENCE']._serialized_start=1454
+  _globals['_PAGEDIFFERENCE']._serialized_end=1587
+  _globals['_VERIFYSUMMARY']._serialized_start=1590
+  _globals['_VERIFYSUMMARY']._serialized_end=1746
+  _globals['_COMPUTE']._serialized_start=1906
+  _globals['_COMPUTE']._serialized_end=2165
 # @@protoc_insertion_point(module_scope)

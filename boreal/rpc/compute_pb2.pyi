@@ -43,6 +43,8 @@ class _ComputeStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ComputeS
     """fence, recover, feed to the end, pg_promote"""
     WRITER: _ComputeState.ValueType  # 6
     STOPPING: _ComputeState.ValueType  # 7
+    YIELDING: _ComputeState.ValueType  # 8
+    """a writer that makes way: its transactions end, its log gets durable"""
 
 class ComputeState(_ComputeState, metaclass=_ComputeStateEnumTypeWrapper): ...
 
@@ -59,6 +61,8 @@ PROMOTING: ComputeState.ValueType  # 5
 """fence, recover, feed to the end, pg_promote"""
 WRITER: ComputeState.ValueType  # 6
 STOPPING: ComputeState.ValueType  # 7
+YIELDING: ComputeState.ValueType  # 8
+"""a writer that makes way: its transactions end, its log gets durable"""
 Global___ComputeState: _TypeAlias = ComputeState  # noqa: Y015
 
 @_typing.final
@@ -92,6 +96,12 @@ class ComputeStatus(_message.Message):
     LINKS_FIELD_NUMBER: _builtins.int
     POSTGRES_PID_FIELD_NUMBER: _builtins.int
     SHIPPED_BYTES_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    REPLAY_LAG_US_FIELD_NUMBER: _builtins.int
+    RECEIVED_LSN_FIELD_NUMBER: _builtins.int
+    TAKES_CLIENTS_FIELD_NUMBER: _builtins.int
+    HANDOVER_FIELD_NUMBER: _builtins.int
+    FOLLOWERS_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     incarnation: _builtins.str
     """changes with every start of PostgreSQL"""
@@ -105,10 +115,24 @@ class ComputeStatus(_message.Message):
     bundle_end_lsn: _builtins.int
     postgres_pid: _builtins.int
     shipped_bytes: _builtins.int
+    tier: _builtins.int
+    """failover priority, 0 (first) to 15"""
+    replay_lag_us: _builtins.int
+    """readers: how long the oldest log received waits to be replayed"""
+    received_lsn: _builtins.int
+    """readers: durable log told of by the writer"""
+    takes_clients: _builtins.bool
+    """a reader that has caught up, or the writer"""
+    handover: _builtins.str
+    """unix socket that takes accepted connections (control.proto, Route)"""
     @_builtins.property
     def volume(self) -> _common_pb2.VolumeRef: ...
     @_builtins.property
     def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkStatus]: ...
+    @_builtins.property
+    def followers(self) -> _containers.RepeatedCompositeFieldContainer[Global___FollowerStatus]:
+        """the writer's"""
+
     def __init__(
         self,
         *,
@@ -124,14 +148,126 @@ class ComputeStatus(_message.Message):
         links: _abc.Iterable[Global___LinkStatus] | None = ...,
         postgres_pid: _builtins.int = ...,
         shipped_bytes: _builtins.int = ...,
+        tier: _builtins.int = ...,
+        replay_lag_us: _builtins.int = ...,
+        received_lsn: _builtins.int = ...,
+        takes_clients: _builtins.bool = ...,
+        handover: _builtins.str = ...,
+        followers: _abc.Iterable[Global___FollowerStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["volume", b"volume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_end_lsn", b"bundle_end_lsn", "flush_lsn", b"flush_lsn", "incarnation", b"incarnation", "instance", b"instance", "links", b"links", "postgres_pid", b"postgres_pid", "replay_lsn", b"replay_lsn", "shipped_bytes", b"shipped_bytes", "state", b"state", "timeline", b"timeline", "vdl", b"vdl", "volume", b"volume"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_end_lsn", b"bundle_end_lsn", "flush_lsn", b"flush_lsn", "followers", b"followers", "handover", b"handover", "incarnation", b"incarnation", "instance", b"instance", "links", b"links", "postgres_pid", b"postgres_pid", "received_lsn", b"received_lsn", "replay_lag_us", b"replay_lag_us", "replay_lsn", b"replay_lsn", "shipped_bytes", b"shipped_bytes", "state", b"state", "takes_clients", b"takes_clients", "tier", b"tier", "timeline", b"timeline", "vdl", b"vdl", "volume", b"volume"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ComputeStatus: _TypeAlias = ComputeStatus  # noqa: Y015
+
+@_typing.final
+class FollowerStatus(_message.Message):
+    """A reader as the writer knows it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    SENT_LSN_FIELD_NUMBER: _builtins.int
+    REPLAY_LSN_FIELD_NUMBER: _builtins.int
+    FLOOR_LSN_FIELD_NUMBER: _builtins.int
+    OLDEST_XMIN_FIELD_NUMBER: _builtins.int
+    LAG_US_FIELD_NUMBER: _builtins.int
+    instance: _builtins.str
+    sent_lsn: _builtins.int
+    replay_lsn: _builtins.int
+    floor_lsn: _builtins.int
+    oldest_xmin: _builtins.int
+    lag_us: _builtins.int
+    def __init__(
+        self,
+        *,
+        instance: _builtins.str = ...,
+        sent_lsn: _builtins.int = ...,
+        replay_lsn: _builtins.int = ...,
+        floor_lsn: _builtins.int = ...,
+        oldest_xmin: _builtins.int = ...,
+        lag_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["floor_lsn", b"floor_lsn", "instance", b"instance", "lag_us", b"lag_us", "oldest_xmin", b"oldest_xmin", "replay_lsn", b"replay_lsn", "sent_lsn", b"sent_lsn"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FollowerStatus: _TypeAlias = FollowerStatus  # noqa: Y015
+
+@_typing.final
+class FollowerReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    VOLUME_FIELD_NUMBER: _builtins.int
+    FROM_LSN_FIELD_NUMBER: _builtins.int
+    REPLAY_LSN_FIELD_NUMBER: _builtins.int
+    FLOOR_LSN_FIELD_NUMBER: _builtins.int
+    OLDEST_XMIN_FIELD_NUMBER: _builtins.int
+    LAG_US_FIELD_NUMBER: _builtins.int
+    instance: _builtins.str
+    from_lsn: _builtins.int
+    """of the first message: what comes before is here or comes from storage"""
+    replay_lsn: _builtins.int
+    floor_lsn: _builtins.int
+    """no page will be asked of storage as of an older LSN"""
+    oldest_xmin: _builtins.int
+    """hot_standby_feedback as a 64-bit transaction id; 0: none"""
+    lag_us: _builtins.int
+    @_builtins.property
+    def volume(self) -> _common_pb2.VolumeRef:
+        """of the first message; the epoch is the writer's"""
+
+    def __init__(
+        self,
+        *,
+        instance: _builtins.str = ...,
+        volume: _common_pb2.VolumeRef | None = ...,
+        from_lsn: _builtins.int = ...,
+        replay_lsn: _builtins.int = ...,
+        floor_lsn: _builtins.int = ...,
+        oldest_xmin: _builtins.int = ...,
+        lag_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["volume", b"volume"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["floor_lsn", b"floor_lsn", "from_lsn", b"from_lsn", "instance", b"instance", "lag_us", b"lag_us", "oldest_xmin", b"oldest_xmin", "replay_lsn", b"replay_lsn", "volume", b"volume"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FollowerReport: _TypeAlias = FollowerReport  # noqa: Y015
+
+@_typing.final
+class LogPiece(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_LSN_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    DURABLE_LSN_FIELD_NUMBER: _builtins.int
+    start_lsn: _builtins.int
+    data: _builtins.bytes
+    """at most 1 MiB; what lies before it and was not sent is in storage"""
+    durable_lsn: _builtins.int
+    """a record's end, durable on a write quorum: replay may go so far"""
+    def __init__(
+        self,
+        *,
+        start_lsn: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        durable_lsn: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "durable_lsn", b"durable_lsn", "start_lsn", b"start_lsn"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogPiece: _TypeAlias = LogPiece  # noqa: Y015
 
 @_typing.final
 class LinkStatus(_message.Message):

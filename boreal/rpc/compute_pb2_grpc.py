@@ -39,6 +39,11 @@ class ComputeStub:
                 request_serializer=boreal_dot_rpc_dot_compute__pb2.GetComputeStatusRequest.SerializeToString,
                 response_deserializer=boreal_dot_rpc_dot_compute__pb2.ComputeStatus.FromString,
                 _registered_method=True)
+        self.Follow = channel.stream_stream(
+                '/boreal.Compute/Follow',
+                request_serializer=boreal_dot_rpc_dot_compute__pb2.FollowerReport.SerializeToString,
+                response_deserializer=boreal_dot_rpc_dot_compute__pb2.LogPiece.FromString,
+                _registered_method=True)
         self.TakeBundle = channel.unary_unary(
                 '/boreal.Compute/TakeBundle',
                 request_serializer=boreal_dot_rpc_dot_compute__pb2.TakeBundleRequest.SerializeToString,
@@ -56,6 +61,14 @@ class ComputeServicer:
 
     def GetStatus(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Follow(self, request_iterator, context):
+        """The writer's log as it becomes durable, for a reader's agent; from it, where the reader stands.
+        Ends with NotWriter when this is not, or no longer, the writer.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -83,6 +96,11 @@ def add_ComputeServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=boreal_dot_rpc_dot_compute__pb2.GetComputeStatusRequest.FromString,
                     response_serializer=boreal_dot_rpc_dot_compute__pb2.ComputeStatus.SerializeToString,
+            ),
+            'Follow': grpc.stream_stream_rpc_method_handler(
+                    servicer.Follow,
+                    request_deserializer=boreal_dot_rpc_dot_compute__pb2.FollowerReport.FromString,
+                    response_serializer=boreal_dot_rpc_dot_compute__pb2.LogPiece.SerializeToString,
             ),
             'TakeBundle': grpc.unary_unary_rpc_method_handler(
                     servicer.TakeBundle,
@@ -122,6 +140,33 @@ class Compute:
             '/boreal.Compute/GetStatus',
             boreal_dot_rpc_dot_compute__pb2.GetComputeStatusRequest.SerializeToString,
             boreal_dot_rpc_dot_compute__pb2.ComputeStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Follow(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/boreal.Compute/Follow',
+            boreal_dot_rpc_dot_compute__pb2.FollowerReport.SerializeToString,
+            boreal_dot_rpc_dot_compute__pb2.LogPiece.FromString,
             options,
             channel_credentials,
             insecure,

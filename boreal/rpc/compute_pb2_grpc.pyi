@@ -36,6 +36,10 @@ class ComputeStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ComputeAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_compute_pb2.GetComputeStatusRequest, _compute_pb2.ComputeStatus]
+    Follow: _grpc.StreamStreamMultiCallable[_compute_pb2.FollowerReport, _compute_pb2.LogPiece]
+    """The writer's log as it becomes durable, for a reader's agent; from it, where the reader stands.
+    Ends with NotWriter when this is not, or no longer, the writer.
+    """
     TakeBundle: _grpc.UnaryUnaryMultiCallable[_compute_pb2.TakeBundleRequest, _compute_pb2.TakeBundleResponse]
     """Takes a bundle now and returns when it is durable on a write quorum."""
     Verify: _grpc.UnaryStreamMultiCallable[_compute_pb2.VerifyRequest, _compute_pb2.VerifyEvent]
@@ -48,6 +52,10 @@ class ComputeStub:
 class ComputeAsyncStub(ComputeStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_compute_pb2.GetComputeStatusRequest, _compute_pb2.ComputeStatus]  # type: ignore[assignment]
+    Follow: _aio.StreamStreamMultiCallable[_compute_pb2.FollowerReport, _compute_pb2.LogPiece]  # type: ignore[assignment]
+    """The writer's log as it becomes durable, for a reader's agent; from it, where the reader stands.
+    Ends with NotWriter when this is not, or no longer, the writer.
+    """
     TakeBundle: _aio.UnaryUnaryMultiCallable[_compute_pb2.TakeBundleRequest, _compute_pb2.TakeBundleResponse]  # type: ignore[assignment]
     """Takes a bundle now and returns when it is durable on a write quorum."""
     Verify: _aio.UnaryStreamMultiCallable[_compute_pb2.VerifyRequest, _compute_pb2.VerifyEvent]  # type: ignore[assignment]
@@ -63,6 +71,16 @@ class ComputeServicer(metaclass=_abc_1.ABCMeta):
         request: _compute_pb2.GetComputeStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_compute_pb2.ComputeStatus, _abc.Awaitable[_compute_pb2.ComputeStatus]]: ...
+
+    @_abc_1.abstractmethod
+    def Follow(
+        self,
+        request_iterator: _MaybeAsyncIterator[_compute_pb2.FollowerReport],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_compute_pb2.LogPiece], _abc.AsyncIterator[_compute_pb2.LogPiece]]:
+        """The writer's log as it becomes durable, for a reader's agent; from it, where the reader stands.
+        Ends with NotWriter when this is not, or no longer, the writer.
+        """
 
     @_abc_1.abstractmethod
     def TakeBundle(

@@ -26,7 +26,7 @@ from boreal.rpc import common_pb2 as boreal_dot_rpc_dot_common__pb2
 from boreal.rpc import compute_pb2 as boreal_dot_rpc_dot_compute__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62oreal/rpc/control.proto\x12\x06\x62oreal\x1a\x17\x62oreal/rpc/common.proto\x1a\x18\x62oreal/rpc/compute.proto\">\n\x10StorageAddresses\x12\x0b\n\x03log\x18\x01 \x01(\t\x12\x0e\n\x06\x66rames\x18\x02 \x01(\t\x12\r\n\x05pages\x18\x03 \x01(\t\"V\n\x0bStorageNode\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04zone\x18\x02 \x01(\t\x12+\n\taddresses\x18\x03 \x01(\x0b\x32\x18.boreal.StorageAddresses\"\xa3\x01\n\rSegmentReport\x12\x11\n\tvolume_id\x18\x01 \x01(\t\x12\x16\n\x0epromised_epoch\x18\x02 \x01(\x04\x12\x0b\n\x03scl\x18\x03 \x01(\x04\x12\x0b\n\x03vdl\x18\x04 \x01(\x04\x12\x13\n\x0bindexed_lsn\x18\x05 \x01(\x04\x12\x0f\n\x07\x66\x61ilure\x18\x06 \x01(\t\x12\x11\n\tstart_lsn\x18\x07 \x01(\x04\x12\x14\n\x0c\x61\x63k_delay_us\x18\x08 \x01(\x04\"\x87\x01\n\x17StorageHeartbeatRequest\x12!\n\x04node\x18\x01 \x01(\x0b\x32\x13.boreal.StorageNode\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\'\n\x08segments\x18\x04 \x03(\x0b\x32\x15.boreal.SegmentReport\"@\n\x18StorageHeartbeatResponse\x12$\n\x07members\x18\x01 \x03(\x0b\x32\x13.boreal.StorageNode\"u\n\x17\x43omputeHeartbeatRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x15\n\rpostgres_port\x18\x02 \x01(\r\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12%\n\x06status\x18\x04 \x01(\x0b\x32\x15.boreal.ComputeStatus\"^\n\x18\x43omputeHeartbeatResponse\x12\x1c\n\x05order\x18\x01 \x01(\x0b\x32\r.boreal.Order\x12$\n\x07members\x18\x02 \x03(\x0b\x32\x13.boreal.StorageNode\"\xac\x01\n\x05Order\x12 \n\x04kind\x18\x01 \x01(\x0e\x32\x12.boreal.Order.Kind\x12!\n\x06volume\x18\x02 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x0e\n\x06reason\x18\x03 \x01(\t\"N\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x08\n\x04WAIT\x10\x01\x12\x11\n\rCREATE_VOLUME\x10\x02\x12\x08\n\x04READ\x10\x03\x12\t\n\x05WRITE\x10\x04\"f\n\x14VolumeCreatedRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x19\n\x11system_identifier\x18\x03 \x01(\x04\"\x17\n\x15VolumeCreatedResponse\"\x19\n\x17GetClusterStatusRequest\"\xbc\x01\n\rClusterStatus\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x14\n\x0cvolume_ready\x18\x02 \x01(\x08\x12\x0e\n\x06writer\x18\x03 \x01(\t\x12*\n\x07storage\x18\x04 \x03(\x0b\x32\x19.boreal.StorageNodeStatus\x12)\n\tinstances\x18\x05 \x03(\x0b\x32\x16.boreal.InstanceStatus\x12\x0b\n\x03pid\x18\x06 \x01(\r\"\x8e\x01\n\x11StorageNodeStatus\x12!\n\x04node\x18\x01 \x01(\x0b\x32\x13.boreal.StorageNode\x12\r\n\x05\x61live\x18\x02 \x01(\x08\x12\x11\n\tsilent_ms\x18\x03 \x01(\x04\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\'\n\x08segments\x18\x05 \x03(\x0b\x32\x15.boreal.SegmentReport\"\x8e\x01\n\x0eInstanceStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x15\n\rpostgres_port\x18\x02 \x01(\r\x12\r\n\x05\x61live\x18\x03 \x01(\x08\x12\x11\n\tsilent_ms\x18\x04 \x01(\x04\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12%\n\x06status\x18\x06 \x01(\x0b\x32\x15.boreal.ComputeStatus2\xca\x02\n\x07\x43ontrol\x12U\n\x10StorageHeartbeat\x12\x1f.boreal.StorageHeartbeatRequest\x1a .boreal.StorageHeartbeatResponse\x12U\n\x10\x43omputeHeartbeat\x12\x1f.boreal.ComputeHeartbeatRequest\x1a .boreal.ComputeHeartbeatResponse\x12L\n\rVolumeCreated\x12\x1c.boreal.VolumeCreatedRequest\x1a\x1d.boreal.VolumeCreatedResponse\x12\x43\n\tGetStatus\x12\x1f.boreal.GetClusterStatusRequest\x1a\x15.boreal.ClusterStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x62oreal/rpc/control.proto\x12\x06\x62oreal\x1a\x17\x62oreal/rpc/common.proto\x1a\x18\x62oreal/rpc/compute.proto\">\n\x10StorageAddresses\x12\x0b\n\x03log\x18\x01 \x01(\t\x12\x0e\n\x06\x66rames\x18\x02 \x01(\t\x12\r\n\x05pages\x18\x03 \x01(\t\"V\n\x0bStorageNode\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04zone\x18\x02 \x01(\t\x12+\n\taddresses\x18\x03 \x01(\x0b\x32\x18.boreal.StorageAddresses\"\xa3\x01\n\rSegmentReport\x12\x11\n\tvolume_id\x18\x01 \x01(\t\x12\x16\n\x0epromised_epoch\x18\x02 \x01(\x04\x12\x0b\n\x03scl\x18\x03 \x01(\x04\x12\x0b\n\x03vdl\x18\x04 \x01(\x04\x12\x13\n\x0bindexed_lsn\x18\x05 \x01(\x04\x12\x0f\n\x07\x66\x61ilure\x18\x06 \x01(\t\x12\x11\n\tstart_lsn\x18\x07 \x01(\x04\x12\x14\n\x0c\x61\x63k_delay_us\x18\x08 \x01(\x04\"\x87\x01\n\x17StorageHeartbeatRequest\x12!\n\x04node\x18\x01 \x01(\x0b\x32\x13.boreal.StorageNode\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\'\n\x08segments\x18\x04 \x03(\x0b\x32\x15.boreal.SegmentReport\"@\n\x18StorageHeartbeatResponse\x12$\n\x07members\x18\x01 \x03(\x0b\x32\x13.boreal.StorageNode\"\xa4\x01\n\x17\x43omputeHeartbeatRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x15\n\rpostgres_port\x18\x02 \x01(\r\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12%\n\x06status\x18\x04 \x01(\x0b\x32\x15.boreal.ComputeStatus\x12\x1c\n\x05known\x18\x05 \x01(\x0b\x32\r.boreal.Order\x12\x0f\n\x07wait_ms\x18\x06 \x01(\r\"\x89\x01\n\x18\x43omputeHeartbeatResponse\x12\x1c\n\x05order\x18\x01 \x01(\x0b\x32\r.boreal.Order\x12$\n\x07members\x18\x02 \x03(\x0b\x32\x13.boreal.StorageNode\x12)\n\tinstances\x18\x03 \x03(\x0b\x32\x16.boreal.InstanceStatus\"\xcc\x01\n\x05Order\x12 \n\x04kind\x18\x01 \x01(\x0e\x32\x12.boreal.Order.Kind\x12!\n\x06volume\x18\x02 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x13\n\x0b\x66ormer_gone\x18\x04 \x01(\x08\"Y\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x08\n\x04WAIT\x10\x01\x12\x11\n\rCREATE_VOLUME\x10\x02\x12\x08\n\x04READ\x10\x03\x12\t\n\x05WRITE\x10\x04\x12\t\n\x05YIELD\x10\x05\"f\n\x14VolumeCreatedRequest\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x19\n\x11system_identifier\x18\x03 \x01(\x04\"\x17\n\x15VolumeCreatedResponse\"\x19\n\x17GetClusterStatusRequest\"\xbc\x01\n\rClusterStatus\x12!\n\x06volume\x18\x01 \x01(\x0b\x32\x11.boreal.VolumeRef\x12\x14\n\x0cvolume_ready\x18\x02 \x01(\x08\x12\x0e\n\x06writer\x18\x03 \x01(\t\x12*\n\x07storage\x18\x04 \x03(\x0b\x32\x19.boreal.StorageNodeStatus\x12)\n\tinstances\x18\x05 \x03(\x0b\x32\x16.boreal.InstanceStatus\x12\x0b\n\x03pid\x18\x06 \x01(\r\"\x8e\x01\n\x11StorageNodeStatus\x12!\n\x04node\x18\x01 \x01(\x0b\x32\x13.boreal.StorageNode\x12\r\n\x05\x61live\x18\x02 \x01(\x08\x12\x11\n\tsilent_ms\x18\x03 \x01(\x04\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\'\n\x08segments\x18\x05 \x03(\x0b\x32\x15.boreal.SegmentReport\"\x8e\x01\n\x0eInstanceStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x15\n\rpostgres_port\x18\x02 \x01(\r\x12\r\n\x05\x61live\x18\x03 \x01(\x08\x12\x11\n\tsilent_ms\x18\x04 \x01(\x04\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12%\n\x06status\x18\x06 \x01(\x0b\x32\x15.boreal.ComputeStatus\"\x15\n\x13WatchRoutingRequest\"(\n\x07Routing\x12\x1d\n\x06routes\x18\x01 \x03(\x0b\x32\r.boreal.Route\"`\n\x05Route\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0e\n\x06writer\x18\x02 \x01(\x08\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x15\n\rpostgres_port\x18\x04 \x01(\r\x12\x10\n\x08handover\x18\x05 \x01(\t\"!\n\x0f\x46\x61iloverRequest\x12\x0e\n\x06target\x18\x01 \x01(\t\"B\n\x10\x46\x61iloverResponse\x12\x0e\n\x06writer\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07took_ms\x18\x03 \x01(\x04\")\n\x15RemoveInstanceRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\"\x18\n\x16RemoveInstanceResponse\"\"\n\x11ListEventsRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x04\"3\n\x12ListEventsResponse\x12\x1d\n\x06\x65vents\x18\x01 \x03(\x0b\x32\r.boreal.Event\"\xc5\x02\n\x05\x45vent\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0f\n\x07unix_ms\x18\x02 \x01(\x04\x12 \n\x04kind\x18\x03 \x01(\x0e\x32\x12.boreal.Event.Kind\x12\x10\n\x08instance\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x0f\n\x07took_ms\x18\x06 \x01(\x04\"\xc8\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x46\x41ILOVER_STARTED\x10\x01\x12\x16\n\x12\x46\x41ILOVER_COMPLETED\x10\x02\x12\x13\n\x0f\x46\x41ILOVER_FAILED\x10\x03\x12\x12\n\x0eINSTANCE_ADDED\x10\x04\x12\x14\n\x10INSTANCE_REMOVED\x10\x05\x12\x11\n\rINSTANCE_LOST\x10\x06\x12\x16\n\x12INSTANCE_RESTARTED\x10\x07\x12\x12\n\x0eVOLUME_CREATED\x10\x08\x32\xdf\x04\n\x07\x43ontrol\x12U\n\x10StorageHeartbeat\x12\x1f.boreal.StorageHeartbeatRequest\x1a .boreal.StorageHeartbeatResponse\x12U\n\x10\x43omputeHeartbeat\x12\x1f.boreal.ComputeHeartbeatRequest\x1a .boreal.ComputeHeartbeatResponse\x12L\n\rVolumeCreated\x12\x1c.boreal.VolumeCreatedRequest\x1a\x1d.boreal.VolumeCreatedResponse\x12\x43\n\tGetStatus\x12\x1f.boreal.GetClusterStatusRequest\x1a\x15.boreal.ClusterStatus\x12>\n\x0cWatchRouting\x12\x1b.boreal.WatchRoutingRequest\x1a\x0f.boreal.Routing0\x01\x12=\n\x08\x46\x61ilover\x12\x17.boreal.FailoverRequest\x1a\x18.boreal.FailoverResponse\x12O\n\x0eRemoveInstance\x12\x1d.boreal.RemoveInstanceRequest\x1a\x1e.boreal.RemoveInstanceResponse\x12\x43\n\nListEvents\x12\x19.boreal.ListEventsRequest\x1a\x1a.boreal.ListEventsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,26 +43,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STORAGEHEARTBEATREQUEST']._serialized_end=541
   _globals['_STORAGEHEARTBEATRESPONSE']._serialized_start=543
   _globals['_STORAGEHEARTBEATRESPONSE']._serialized_end=607
-  _globals['_COMPUTEHEARTBEATREQUEST']._serialized_start=609
-  _globals['_COMPUTEHEARTBEATREQUEST']._serialized_end=726
-  _globals['_COMPUTEHEARTBEATRESPONSE']._serialized_start=728
-  _globals['_COMPUTEHEARTBEATRESPONSE']._serialized_end=822
-  _globals['_ORDER']._serialized_start=825
-  _globals['_ORDER']._serialized_end=997
-  _globals['_ORDER_KIND']._serialized_start=919
-  _globals['_ORDER_KIND']._serialized_end=997
-  _globals['_VOLUMECREATEDREQUEST']._serialized_start=999
-  _globals['_VOLUMECREATEDREQUEST']._serialized_end=1101
-  _globals['_VOLUMECREATEDRESPONSE']._serialized_start=1103
-  _globals['_VOLUMECREATEDRESPONSE']._serialized_end=1126
-  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_start=1128
-  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_end=1153
-  _globals['_CLUSTERSTATUS']._serialized_start=1156
-  _globals['_CLUSTERSTATUS']._serialized_end=1344
-  _globals['_STORAGENODESTATUS']._serialized_start=1347
-  _globals['_STORAGENODESTATUS']._serialized_end=1489
-  _globals['_INSTANCESTATUS']._serialized_start=1492
-  _globals['_INSTANCESTATUS']._serialized_end=1634
-  _globals['_CONTROL']._serialized_start=1637
-  _globals['_CONTROL']._serialized_end=1967
+  _globals['_COMPUTEHEARTBEATREQUEST']._serialized_start=610
+  _globals['_COMPUTEHEARTBEATREQUEST']._serialized_end=774
+  _globals['_COMPUTEHEARTBEATRESPONSE']._serialized_start=777
+  _globals['_COMPUTEHEARTBEATRESPONSE']._serialized_end=914
+  _globals['_ORDER']._serialized_start=917
+  _globals['_ORDER']._serialized_end=1121
+  _globals['_ORDER_KIND']._serialized_start=1032
+  _globals['_ORDER_KIND']._serialized_end=1121
+  _globals['_VOLUMECREATEDREQUEST']._serialized_start=1123
+  _globals['_VOLUMECREATEDREQUEST']._serialized_end=1225
+  _globals['_VOLUMECREATEDRESPONSE']._serialized_start=1227
+  _globals['_VOLUMECREATEDRESPONSE']._serialized_end=1250
+  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_start=1252
+  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_end=1277
+  _globals['_CLUSTERSTATUS']._serialized_start=1280
+  _globals['_CLUSTERSTATUS']._serialized_end=1468
+  _globals['_STORAGENODESTATUS']._serialized_start=1471
+  _globals['_STORAGENODESTATUS']._serialized_end=1613
+  _globals['_INSTANCESTATUS']._serialized_start=1616
+  _globals['_INSTANCESTATUS']._serialized_end=1758
+  _globals['_WATCHROUTINGREQUEST']._serialized_start=1760
+  _globals['_WATCHROUTINGREQUEST']._serialized_end=1781
+  _globals['_ROUTING']._serialized_start=1783
+  _globals['_ROUTING']._serialized_end=1823
+  _globals['_ROUTE']._serialized_start=1825
+  _globals['_ROUTE']._serialized_end=1921
+  _globals['_FAILOVERREQUEST']._serialized_start=1923
+  _globals['_FAILOVERREQUEST']._serialized_end=1956
+  _globals['_FAILOVERRESPONSE']._serialized_start=1958
+  _globals['_FAILOVERRESPONSE']._serialized_end=2024
+  _globals['_REMOVEINSTANCEREQUEST']._serialized_start=2026
+  _globals['_REMOVEINSTANCEREQUEST']._serialized_end=2067
+  _globals['_REMOVEINSTANCERESPONSE']._serialized_start=2069
+  _globals['_REMOVEINSTANCERESPONSE']._serialized_end=2093
+  _globals['_LISTEVENTSREQUEST']._serialized_start=2095
+  _globals['_LISTEVENTSREQUEST']._serialized_end=2129
+  _globals['_LISTEVENTSRESPONSE']._serialized_start=2131
+  _globals['_LISTEVENTSRESPONSE']._serialized_end=2182
+  _globals['_EVENT']._serialized_start=2185
+  _globals['_EVENT']._serialized_end=2510
+  _globals['_EVENT_KIND']._serialized_start=2310
+  _globals['_EVENT_KIND']._serialized_end=2510
+  _globals['_CONTROL']._serialized_start=2513
+  _globals['_CONTROL']._serialized_end=3120
 # @@protoc_insertion_point(module_scope)

@@ -181,12 +181,20 @@ class ComputeHeartbeatRequest(_message.Message):
     POSTGRES_PORT_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
+    WAIT_MS_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """of the agent's Compute service"""
     postgres_port: _builtins.int
     pid: _builtins.int
+    wait_ms: _builtins.int
+    """0: answer at once"""
     @_builtins.property
     def status(self) -> _compute_pb2.ComputeStatus: ...
+    @_builtins.property
+    def known(self) -> Global___Order:
+        """the order this incarnation has; unset: none yet"""
+
     def __init__(
         self,
         *,
@@ -194,10 +202,12 @@ class ComputeHeartbeatRequest(_message.Message):
         postgres_port: _builtins.int = ...,
         pid: _builtins.int = ...,
         status: _compute_pb2.ComputeStatus | None = ...,
+        known: Global___Order | None = ...,
+        wait_ms: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["known", b"known", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "pid", b"pid", "postgres_port", b"postgres_port", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "known", b"known", "pid", b"pid", "postgres_port", b"postgres_port", "status", b"status", "wait_ms", b"wait_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -209,19 +219,25 @@ class ComputeHeartbeatResponse(_message.Message):
 
     ORDER_FIELD_NUMBER: _builtins.int
     MEMBERS_FIELD_NUMBER: _builtins.int
+    INSTANCES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def order(self) -> Global___Order: ...
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___StorageNode]: ...
+    @_builtins.property
+    def instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___InstanceStatus]:
+        """all of the cluster, as last reported"""
+
     def __init__(
         self,
         *,
         order: Global___Order | None = ...,
         members: _abc.Iterable[Global___StorageNode] | None = ...,
+        instances: _abc.Iterable[Global___InstanceStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["order", b"order"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["members", b"members", "order", b"order"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instances", b"instances", "members", b"members", "order", b"order"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -248,6 +264,8 @@ class Order(_message.Message):
         """be a reader of `volume`"""
         WRITE: Order._Kind.ValueType  # 4
         """be its writer, under `volume.epoch`"""
+        YIELD: Order._Kind.ValueType  # 5
+        """a writer: let transactions end, make the log durable, end this life"""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     KIND_UNSPECIFIED: Order.Kind.ValueType  # 0
@@ -259,12 +277,19 @@ class Order(_message.Message):
     """be a reader of `volume`"""
     WRITE: Order.Kind.ValueType  # 4
     """be its writer, under `volume.epoch`"""
+    YIELD: Order.Kind.ValueType  # 5
+    """a writer: let transactions end, make the log durable, end this life"""
 
     KIND_FIELD_NUMBER: _builtins.int
     VOLUME_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    FORMER_GONE_FIELD_NUMBER: _builtins.int
     kind: Global___Order.Kind.ValueType
     reason: _builtins.str
+    former_gone: _builtins.bool
+    """With WRITE: nothing of the former writer runs any more, so there is no lease of its to wait for.
+    May turn true while the order is being carried out.
+    """
     @_builtins.property
     def volume(self) -> _common_pb2.VolumeRef: ...
     def __init__(
@@ -273,10 +298,11 @@ class Order(_message.Message):
         kind: Global___Order.Kind.ValueType = ...,
         volume: _common_pb2.VolumeRef | None = ...,
         reason: _builtins.str = ...,
+        former_gone: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["volume", b"volume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "reason", b"reason", "volume", b"volume"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["former_gone", b"former_gone", "kind", b"kind", "reason", b"reason", "volume", b"volume"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -350,7 +376,7 @@ class ClusterStatus(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     volume_ready: _builtins.bool
     writer: _builtins.str
-    """instance name; empty when there is none"""
+    """the instance appointed last; empty when there was none"""
     pid: _builtins.int
     @_builtins.property
     def volume(self) -> _common_pb2.VolumeRef: ...
@@ -444,3 +470,254 @@ class InstanceStatus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InstanceStatus: _TypeAlias = InstanceStatus  # noqa: Y015
+
+@_typing.final
+class WatchRoutingRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchRoutingRequest: _TypeAlias = WatchRoutingRequest  # noqa: Y015
+
+@_typing.final
+class Routing(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def routes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Route]:
+        """instances that take clients now, by name"""
+
+    def __init__(
+        self,
+        *,
+        routes: _abc.Iterable[Global___Route] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["routes", b"routes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Routing: _TypeAlias = Routing  # noqa: Y015
+
+@_typing.final
+class Route(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    WRITER_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    POSTGRES_PORT_FIELD_NUMBER: _builtins.int
+    HANDOVER_FIELD_NUMBER: _builtins.int
+    instance: _builtins.str
+    writer: _builtins.bool
+    """at most one; without one, connections to the writer endpoint wait"""
+    host: _builtins.str
+    postgres_port: _builtins.int
+    handover: _builtins.str
+    """unix socket, on the instance's machine, that takes accepted connections"""
+    def __init__(
+        self,
+        *,
+        instance: _builtins.str = ...,
+        writer: _builtins.bool = ...,
+        host: _builtins.str = ...,
+        postgres_port: _builtins.int = ...,
+        handover: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handover", b"handover", "host", b"host", "instance", b"instance", "postgres_port", b"postgres_port", "writer", b"writer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Route: _TypeAlias = Route  # noqa: Y015
+
+@_typing.final
+class FailoverRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: _builtins.int
+    target: _builtins.str
+    def __init__(
+        self,
+        *,
+        target: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FailoverRequest: _TypeAlias = FailoverRequest  # noqa: Y015
+
+@_typing.final
+class FailoverResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WRITER_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    TOOK_MS_FIELD_NUMBER: _builtins.int
+    writer: _builtins.str
+    epoch: _builtins.int
+    took_ms: _builtins.int
+    """from the writer being told to yield until the new one served"""
+    def __init__(
+        self,
+        *,
+        writer: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        took_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "took_ms", b"took_ms", "writer", b"writer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FailoverResponse: _TypeAlias = FailoverResponse  # noqa: Y015
+
+@_typing.final
+class RemoveInstanceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    instance: _builtins.str
+    def __init__(
+        self,
+        *,
+        instance: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveInstanceRequest: _TypeAlias = RemoveInstanceRequest  # noqa: Y015
+
+@_typing.final
+class RemoveInstanceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveInstanceResponse: _TypeAlias = RemoveInstanceResponse  # noqa: Y015
+
+@_typing.final
+class ListEventsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AFTER_FIELD_NUMBER: _builtins.int
+    after: _builtins.int
+    def __init__(
+        self,
+        *,
+        after: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEventsRequest: _TypeAlias = ListEventsRequest  # noqa: Y015
+
+@_typing.final
+class ListEventsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]: ...
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___Event] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEventsResponse: _TypeAlias = ListEventsResponse  # noqa: Y015
+
+@_typing.final
+class Event(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Kind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Event._Kind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        KIND_UNSPECIFIED: Event._Kind.ValueType  # 0
+        FAILOVER_STARTED: Event._Kind.ValueType  # 1
+        FAILOVER_COMPLETED: Event._Kind.ValueType  # 2
+        FAILOVER_FAILED: Event._Kind.ValueType  # 3
+        INSTANCE_ADDED: Event._Kind.ValueType  # 4
+        INSTANCE_REMOVED: Event._Kind.ValueType  # 5
+        INSTANCE_LOST: Event._Kind.ValueType  # 6
+        INSTANCE_RESTARTED: Event._Kind.ValueType  # 7
+        VOLUME_CREATED: Event._Kind.ValueType  # 8
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
+    KIND_UNSPECIFIED: Event.Kind.ValueType  # 0
+    FAILOVER_STARTED: Event.Kind.ValueType  # 1
+    FAILOVER_COMPLETED: Event.Kind.ValueType  # 2
+    FAILOVER_FAILED: Event.Kind.ValueType  # 3
+    INSTANCE_ADDED: Event.Kind.ValueType  # 4
+    INSTANCE_REMOVED: Event.Kind.ValueType  # 5
+    INSTANCE_LOST: Event.Kind.ValueType  # 6
+    INSTANCE_RESTARTED: Event.Kind.ValueType  # 7
+    VOLUME_CREATED: Event.Kind.ValueType  # 8
+
+    ID_FIELD_NUMBER: _builtins.int
+    UNIX_MS_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    TOOK_MS_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    unix_ms: _builtins.int
+    kind: Global___Event.Kind.ValueType
+    instance: _builtins.str
+    """whom it is about: the new writer's, for failovers"""
+    message: _builtins.str
+    took_ms: _builtins.int
+    """of what ended with this event; else 0"""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        unix_ms: _builtins.int = ...,
+        kind: Global___Event.Kind.ValueType = ...,
+        instance: _builtins.str = ...,
+        message: _builtins.str = ...,
+        took_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "instance", b"instance", "kind", b"kind", "message", b"message", "took_ms", b"took_ms", "unix_ms", b"unix_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Event: _TypeAlias = Event  # noqa: Y015

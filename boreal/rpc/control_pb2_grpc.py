@@ -54,6 +54,26 @@ class ControlStub:
                 request_serializer=boreal_dot_rpc_dot_control__pb2.GetClusterStatusRequest.SerializeToString,
                 response_deserializer=boreal_dot_rpc_dot_control__pb2.ClusterStatus.FromString,
                 _registered_method=True)
+        self.WatchRouting = channel.unary_stream(
+                '/boreal.Control/WatchRouting',
+                request_serializer=boreal_dot_rpc_dot_control__pb2.WatchRoutingRequest.SerializeToString,
+                response_deserializer=boreal_dot_rpc_dot_control__pb2.Routing.FromString,
+                _registered_method=True)
+        self.Failover = channel.unary_unary(
+                '/boreal.Control/Failover',
+                request_serializer=boreal_dot_rpc_dot_control__pb2.FailoverRequest.SerializeToString,
+                response_deserializer=boreal_dot_rpc_dot_control__pb2.FailoverResponse.FromString,
+                _registered_method=True)
+        self.RemoveInstance = channel.unary_unary(
+                '/boreal.Control/RemoveInstance',
+                request_serializer=boreal_dot_rpc_dot_control__pb2.RemoveInstanceRequest.SerializeToString,
+                response_deserializer=boreal_dot_rpc_dot_control__pb2.RemoveInstanceResponse.FromString,
+                _registered_method=True)
+        self.ListEvents = channel.unary_unary(
+                '/boreal.Control/ListEvents',
+                request_serializer=boreal_dot_rpc_dot_control__pb2.ListEventsRequest.SerializeToString,
+                response_deserializer=boreal_dot_rpc_dot_control__pb2.ListEventsResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -67,8 +87,10 @@ class ControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ComputeHeartbeat(self, request, context):
-        """A compute node reports; the answer is its standing order. Every few hundred milliseconds, and
-        at once when something changed.
+        """A compute node reports; the answer is its standing order. It comes at once if the order is
+        another than the one the node says it has, else after `wait_ms`: a node always has one such call
+        under way, so an order takes no longer than a message to arrive, and a node whose process ended
+        is noticed by its call ending.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,6 +105,36 @@ class ControlServicer:
 
     def GetStatus(self, request, context):
         """Everything `boreal status` shows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchRouting(self, request, context):
+        """Who serves clients: one message at once and one after each change. For the endpoints.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Failover(self, request, context):
+        """Makes another instance the writer, without losing anything: the present writer lets its
+        transactions end first. Answers once the new writer serves. Fails with BadUsage (no such
+        target, or it cannot take over), NotNow (a failover is under way), or what stopped it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveInstance(self, request, context):
+        """Forgets an instance that was stopped for good. BadUsage: it is the writer, or alive.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListEvents(self, request, context):
+        """What happened, oldest first. Kept across restarts, the last thousand.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,6 +162,26 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=boreal_dot_rpc_dot_control__pb2.GetClusterStatusRequest.FromString,
                     response_serializer=boreal_dot_rpc_dot_control__pb2.ClusterStatus.SerializeToString,
+            ),
+            'WatchRouting': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchRouting,
+                    request_deserializer=boreal_dot_rpc_dot_control__pb2.WatchRoutingRequest.FromString,
+                    response_serializer=boreal_dot_rpc_dot_control__pb2.Routing.SerializeToString,
+            ),
+            'Failover': grpc.unary_unary_rpc_method_handler(
+                    servicer.Failover,
+                    request_deserializer=boreal_dot_rpc_dot_control__pb2.FailoverRequest.FromString,
+                    response_serializer=boreal_dot_rpc_dot_control__pb2.FailoverResponse.SerializeToString,
+            ),
+            'RemoveInstance': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveInstance,
+                    request_deserializer=boreal_dot_rpc_dot_control__pb2.RemoveInstanceRequest.FromString,
+                    response_serializer=boreal_dot_rpc_dot_control__pb2.RemoveInstanceResponse.SerializeToString,
+            ),
+            'ListEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEvents,
+                    request_deserializer=boreal_dot_rpc_dot_control__pb2.ListEventsRequest.FromString,
+                    response_serializer=boreal_dot_rpc_dot_control__pb2.ListEventsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -220,6 +292,114 @@ class Control:
             '/boreal.Control/GetStatus',
             boreal_dot_rpc_dot_control__pb2.GetClusterStatusRequest.SerializeToString,
             boreal_dot_rpc_dot_control__pb2.ClusterStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchRouting(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/boreal.Control/WatchRouting',
+            boreal_dot_rpc_dot_control__pb2.WatchRoutingRequest.SerializeToString,
+            boreal_dot_rpc_dot_control__pb2.Routing.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Failover(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/boreal.Control/Failover',
+            boreal_dot_rpc_dot_control__pb2.FailoverRequest.SerializeToString,
+            boreal_dot_rpc_dot_control__pb2.FailoverResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveInstance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/boreal.Control/RemoveInstance',
+            boreal_dot_rpc_dot_control__pb2.RemoveInstanceRequest.SerializeToString,
+            boreal_dot_rpc_dot_control__pb2.RemoveInstanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/boreal.Control/ListEvents',
+            boreal_dot_rpc_dot_control__pb2.ListEventsRequest.SerializeToString,
+            boreal_dot_rpc_dot_control__pb2.ListEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,13 +36,26 @@ class ControlStub:
     StorageHeartbeat: _grpc.UnaryUnaryMultiCallable[_control_pb2.StorageHeartbeatRequest, _control_pb2.StorageHeartbeatResponse]
     """A storage node reports; the answer names its peers. Every few hundred milliseconds."""
     ComputeHeartbeat: _grpc.UnaryUnaryMultiCallable[_control_pb2.ComputeHeartbeatRequest, _control_pb2.ComputeHeartbeatResponse]
-    """A compute node reports; the answer is its standing order. Every few hundred milliseconds, and
-    at once when something changed.
+    """A compute node reports; the answer is its standing order. It comes at once if the order is
+    another than the one the node says it has, else after `wait_ms`: a node always has one such call
+    under way, so an order takes no longer than a message to arrive, and a node whose process ended
+    is noticed by its call ending.
     """
     VolumeCreated: _grpc.UnaryUnaryMultiCallable[_control_pb2.VolumeCreatedRequest, _control_pb2.VolumeCreatedResponse]
     """The instance that was ordered to create the volume has done so, durably."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetClusterStatusRequest, _control_pb2.ClusterStatus]
     """Everything `boreal status` shows."""
+    WatchRouting: _grpc.UnaryStreamMultiCallable[_control_pb2.WatchRoutingRequest, _control_pb2.Routing]
+    """Who serves clients: one message at once and one after each change. For the endpoints."""
+    Failover: _grpc.UnaryUnaryMultiCallable[_control_pb2.FailoverRequest, _control_pb2.FailoverResponse]
+    """Makes another instance the writer, without losing anything: the present writer lets its
+    transactions end first. Answers once the new writer serves. Fails with BadUsage (no such
+    target, or it cannot take over), NotNow (a failover is under way), or what stopped it.
+    """
+    RemoveInstance: _grpc.UnaryUnaryMultiCallable[_control_pb2.RemoveInstanceRequest, _control_pb2.RemoveInstanceResponse]
+    """Forgets an instance that was stopped for good. BadUsage: it is the writer, or alive."""
+    ListEvents: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListEventsRequest, _control_pb2.ListEventsResponse]
+    """What happened, oldest first. Kept across restarts, the last thousand."""
 
 @_typing.type_check_only
 class ControlAsyncStub(ControlStub):
@@ -50,13 +63,26 @@ class ControlAsyncStub(ControlStub):
     StorageHeartbeat: _aio.UnaryUnaryMultiCallable[_control_pb2.StorageHeartbeatRequest, _control_pb2.StorageHeartbeatResponse]  # type: ignore[assignment]
     """A storage node reports; the answer names its peers. Every few hundred milliseconds."""
     ComputeHeartbeat: _aio.UnaryUnaryMultiCallable[_control_pb2.ComputeHeartbeatRequest, _control_pb2.ComputeHeartbeatResponse]  # type: ignore[assignment]
-    """A compute node reports; the answer is its standing order. Every few hundred milliseconds, and
-    at once when something changed.
+    """A compute node reports; the answer is its standing order. It comes at once if the order is
+    another than the one the node says it has, else after `wait_ms`: a node always has one such call
+    under way, so an order takes no longer than a message to arrive, and a node whose process ended
+    is noticed by its call ending.
     """
     VolumeCreated: _aio.UnaryUnaryMultiCallable[_control_pb2.VolumeCreatedRequest, _control_pb2.VolumeCreatedResponse]  # type: ignore[assignment]
     """The instance that was ordered to create the volume has done so, durably."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_control_pb2.GetClusterStatusRequest, _control_pb2.ClusterStatus]  # type: ignore[assignment]
     """Everything `boreal status` shows."""
+    WatchRouting: _aio.UnaryStreamMultiCallable[_control_pb2.WatchRoutingRequest, _control_pb2.Routing]  # type: ignore[assignment]
+    """Who serves clients: one message at once and one after each change. For the endpoints."""
+    Failover: _aio.UnaryUnaryMultiCallable[_control_pb2.FailoverRequest, _control_pb2.FailoverResponse]  # type: ignore[assignment]
+    """Makes another instance the writer, without losing anything: the present writer lets its
+    transactions end first. Answers once the new writer serves. Fails with BadUsage (no such
+    target, or it cannot take over), NotNow (a failover is under way), or what stopped it.
+    """
+    RemoveInstance: _aio.UnaryUnaryMultiCallable[_control_pb2.RemoveInstanceRequest, _control_pb2.RemoveInstanceResponse]  # type: ignore[assignment]
+    """Forgets an instance that was stopped for good. BadUsage: it is the writer, or alive."""
+    ListEvents: _aio.UnaryUnaryMultiCallable[_control_pb2.ListEventsRequest, _control_pb2.ListEventsResponse]  # type: ignore[assignment]
+    """What happened, oldest first. Kept across restarts, the last thousand."""
 
 class ControlServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -73,8 +99,10 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.ComputeHeartbeatRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.ComputeHeartbeatResponse, _abc.Awaitable[_control_pb2.ComputeHeartbeatResponse]]:
-        """A compute node reports; the answer is its standing order. Every few hundred milliseconds, and
-        at once when something changed.
+        """A compute node reports; the answer is its standing order. It comes at once if the order is
+        another than the one the node says it has, else after `wait_ms`: a node always has one such call
+        under way, so an order takes no longer than a message to arrive, and a node whose process ended
+        is noticed by its call ending.
         """
 
     @_abc_1.abstractmethod
@@ -92,5 +120,40 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.ClusterStatus, _abc.Awaitable[_control_pb2.ClusterStatus]]:
         """Everything `boreal status` shows."""
+
+    @_abc_1.abstractmethod
+    def WatchRouting(
+        self,
+        request: _control_pb2.WatchRoutingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.Routing], _abc.AsyncIterator[_control_pb2.Routing]]:
+        """Who serves clients: one message at once and one after each change. For the endpoints."""
+
+    @_abc_1.abstractmethod
+    def Failover(
+        self,
+        request: _control_pb2.FailoverRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.FailoverResponse, _abc.Awaitable[_control_pb2.FailoverResponse]]:
+        """Makes another instance the writer, without losing anything: the present writer lets its
+        transactions end first. Answers once the new writer serves. Fails with BadUsage (no such
+        target, or it cannot take over), NotNow (a failover is under way), or what stopped it.
+        """
+
+    @_abc_1.abstractmethod
+    def RemoveInstance(
+        self,
+        request: _control_pb2.RemoveInstanceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.RemoveInstanceResponse, _abc.Awaitable[_control_pb2.RemoveInstanceResponse]]:
+        """Forgets an instance that was stopped for good. BadUsage: it is the writer, or alive."""
+
+    @_abc_1.abstractmethod
+    def ListEvents(
+        self,
+        request: _control_pb2.ListEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ListEventsResponse, _abc.Awaitable[_control_pb2.ListEventsResponse]]:
+        """What happened, oldest first. Kept across restarts, the last thousand."""
 
 def add_ControlServicer_to_server(servicer: ControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -162,6 +162,7 @@ class Position(_message.Message):
     SCL_FIELD_NUMBER: _builtins.int
     VDL_FIELD_NUMBER: _builtins.int
     SYSTEM_IDENTIFIER_FIELD_NUMBER: _builtins.int
+    WRITER_SILENT_MS_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     promised_epoch: _builtins.int
     start_lsn: _builtins.int
@@ -171,6 +172,10 @@ class Position(_message.Message):
     vdl: _builtins.int
     """highest VDL this node was told of"""
     system_identifier: _builtins.int
+    writer_silent_ms: _builtins.int
+    """In the answer to Fence: how long ago, at the least, the node last took something (be it empty)
+    from the writer it now refuses. Tells the next writer when that one's lease has run out.
+    """
     @_builtins.property
     def lineage(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.EpochStart]: ...
     def __init__(
@@ -183,10 +188,11 @@ class Position(_message.Message):
         scl: _builtins.int = ...,
         vdl: _builtins.int = ...,
         system_identifier: _builtins.int = ...,
+        writer_silent_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lineage", b"lineage", "node", b"node", "promised_epoch", b"promised_epoch", "scl", b"scl", "start_lsn", b"start_lsn", "system_identifier", b"system_identifier", "vdl", b"vdl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lineage", b"lineage", "node", b"node", "promised_epoch", b"promised_epoch", "scl", b"scl", "start_lsn", b"start_lsn", "system_identifier", b"system_identifier", "vdl", b"vdl", "writer_silent_ms", b"writer_silent_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,11 +1,19 @@
 """The page shim: what it promises, and how it is built.
 
-`boreal_shim.c` is LD_PRELOADed into stock PostgreSQL 16. With `SOCKET_VARIABLE` set to the path of
-the agent's unix socket it turns PGDATA's relation files into a cache of the volume: a block that
-reads as all zeros is asked for (`compute_node.page_service` answers), alone or, when misses follow
-one another, with those after it; what PostgreSQL says it will read soon is passed on as a hint; and
-truncations are reported. What it cannot get is EIO, never zeros. Without the variable it does
-nothing.
+A library that is LD_PRELOADed into stock PostgreSQL 16, in two parts.
+
+`boreal_shim.c`: with `SOCKET_VARIABLE` set to the path of the agent's unix socket it turns PGDATA's
+relation files into a cache of the volume: a block that reads as all zeros is asked for
+(`compute_node.page_service` answers), alone or, when misses follow one another, with those after
+it; what PostgreSQL says it will read soon is passed on as a hint; and truncations are reported.
+What it cannot get is EIO, never zeros.
+
+`connections.c`: with `HANDOVER_VARIABLE` set to the path of a unix socket on which PostgreSQL
+listens, what is accepted there are the connections that an endpoint hands over
+(`control_plane.endpoints`); and where there is a lease beside the page socket
+(`compute_node.lease`), the messages of clients are held back while it has run out.
+
+Without its variables it does nothing.
 """
 
 from __future__ import annotations
@@ -27,10 +35,14 @@ PARENT_VARIABLE = "BOREAL_PARENT_PID"
 """If set, the process that starts PostgreSQL; when it dies, the kernel sends PostgreSQL SIGQUIT."""
 LIMITED_VARIABLE = "BOREAL_CACHE_LIMITED"
 """If set, the agent evicts pages from files in use (`compute_node.cache`): mind its locks."""
+HANDOVER_VARIABLE = "BOREAL_HANDOVER"
+"""The unix socket of PostgreSQL's own on which endpoints hand over connections."""
 MAX_SOCKET_PATH_BYTES = 107
 """sun_path (unix(7)) without its final zero."""
 
-_SOURCE = Path(__file__).with_name("boreal_shim.c")
+_FOLDER = Path(__file__).parent
+_SOURCES = (_FOLDER / "boreal_shim.c", _FOLDER / "connections.c")
+_HEADER = _FOLDER / "shim.h"
 _FLAGS = (
     *("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"),
     *("-shared", "-fPIC", "-fvisibility=hidden"),
@@ -40,11 +52,19 @@ _FLAGS = (
 _COMPILE_WITHIN_S = 120.0
 
 
-def environment(library: Path, socket_path: Path, *, cache_limited: bool = False) -> dict[str, str]:
+def environment(
+    library: Path,
+    socket_path: Path,
+    *,
+    cache_limited: bool = False,
+    handover: Path | None = None,
+) -> dict[str, str]:
     """What to add to PostgreSQL's environment so that it runs with the shim.
 
-    `cache_limited` must be true where pages are evicted from its files. To be started from the
-    caller's main thread: it is told to quit when the thread that started it ends
+    `cache_limited` must be true where pages are evicted from its files. `handover` is the unix
+    socket where endpoints hand over connections: PostgreSQL must listen there, by its
+    unix_socket_directories, and the file of the lease must be there when it starts. To be started
+    from the caller's main thread: it is told to quit when the thread that started it ends
     (PR_SET_PDEATHSIG, prctl(2)).
     """
     return {
@@ -52,16 +72,18 @@ def environment(library: Path, socket_path: Path, *, cache_limited: bool = False
         SOCKET_VARIABLE: str(socket_path),
         PARENT_VARIABLE: str(os.getpid()),
         **({LIMITED_VARIABLE: "1"} if cache_limited else {}),
+        **({HANDOVER_VARIABLE: str(handover)} if handover else {}),
     }
 
 
 def build(into: Path) -> Path:
-    """Compile the shim into the directory `into` unless this very source was; return the library.
+    """Compile the shim into the directory `into` unless these sources were; return the library.
 
     The file is readable by all (PostgreSQL runs under another account) and appears whole or not at
     all. Raises BadUsage where there is no C compiler, ProcessFailed if it fails.
     """
-    digest = hashlib.sha256(_SOURCE.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()
+    content = b"".join(path.read_bytes() for path in (*_SOURCES, _HEADER))
+    digest = hashlib.sha256(content + " ".join(_FLAGS).encode()).hexdigest()
     library = into / f"boreal_shim-{digest[:16]}.so"
     if library.exists():
         return library
@@ -92,7 +114,7 @@ def compiler() -> list[str]:
 
 
 def _compile(output: Path) -> None:
-    command = [*compiler(), *_FLAGS, "-o", str(output), str(_SOURCE), "-ldl"]
+    command = [*compiler(), *_FLAGS, "-o", str(output), *map(str, _SOURCES), "-ldl"]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=_COMPILE_WITHIN_S

@@ -31,25 +31,20 @@
  * does nothing unless BOREAL_PAGE_SOCKET is set and the program is PostgreSQL.
  */
 #define _GNU_SOURCE
-#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
-#include <time.h>
-#include <unistd.h>
 
-#define EXPORT __attribute__((visibility("default")))
+#include "shim.h"
 
 enum {
 	BLOCK_BYTES = 8192,			/* BLCKSZ */
@@ -104,12 +99,6 @@ struct stream {
 	char *pages;				/* those present, back to back */
 };
 
-/* The function of that name that PostgreSQL would have called without us. */
-#define NEXT(name) ({ \
-	static __typeof__(&name) next; \
-	if (!next) next = (__typeof__(&name)) dlsym(RTLD_NEXT, #name); \
-	next; })
-
 static bool active;
 static struct sockaddr_un agent_address = {.sun_family = AF_UNIX};
 static struct relation_file files[MAX_FILES];	/* by file descriptor; forked children inherit both */
@@ -126,13 +115,6 @@ static bool (*recovery_in_progress)(void);
 static uint64_t (*replay_lsn)(uint32_t *timeline);
 static uint64_t (*insert_lsn)(void);
 static void *const *shared_memory;
-
-static void
-die(const char *why)
-{
-	dprintf(STDERR_FILENO, "boreal shim: %s\n", why);
-	_exit(2);
-}
 
 /* Have the kernel stop the postmaster when its agent dies: nothing else could tell it in time. */
 static void
@@ -253,15 +235,6 @@ tracked(int fd)
 }
 
 /* ---- asking the agent ------------------------------------------------------------------------ */
-
-static int64_t
-now_ms(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (int64_t) now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
 
 static void
 disconnect(void)
@@ -792,6 +765,7 @@ close(int fd)
 {
 	if (tracked(fd))
 		files[fd].tracked = false;
+	connection_closed(fd);
 	return NEXT(close)(fd);
 }
 

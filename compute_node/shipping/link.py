@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
-from time import perf_counter
+from time import monotonic
 from typing import Any, NoReturn, cast
 
 import structlog
@@ -68,6 +68,8 @@ class LinkTiming:
     """A node that is silent for so long with a batch in its hands is taken for gone."""
     poll_interval_s: float = 0.1
     """How often a node that catches up from its peers is asked where it stands."""
+    contact_interval_s: float = 0.3
+    """A node that is sent no log is sent an append without any: its answer keeps the lease."""
     backoff_first_s: float = 0.1
     backoff_most_s: float = 0.5
     """A node that was restarted must be found again soon: commits may wait for it."""
@@ -159,6 +161,8 @@ class StorageLink:
         self._backoff_s = timing.backoff_first_s
         self._ack_latency_s = 0.0
         self._latencies = Latencies()
+        self.contact_at: float | None = None
+        """When the last append that the node acknowledged was sent, monotonic. Read only."""
         self.shipped_bytes = 0
         """Of log sent. Read only, as is `batches`."""
         self.batches = 0
@@ -166,7 +170,7 @@ class StorageLink:
     @property
     def report(self) -> LinkReport:
         """For status."""
-        p50_us, p99_us = self._latencies.percentiles_us(perf_counter(), 0.5, 0.99)
+        p50_us, p99_us = self._latencies.percentiles_us(monotonic(), 0.5, 0.99)
         return LinkReport(
             node=self.address.name,
             state=self.state,
@@ -196,13 +200,19 @@ class StorageLink:
             self._send(self._outbox.batch(self._scl))
         return self._told_vdl >= self._outbox.vdl
 
+    def _keep_contact(self) -> None:
+        """Send an append without log to a node that was sent nothing lately."""
+        idle = self._under_way is None and self._window.start <= self._scl
+        if idle and monotonic() - self._sent_at >= self._timing.contact_interval_s:
+            self._send(self._outbox.batch(self._scl))
+
     def _send(self, batch: Batch) -> None:
         if self._lane is None or self._outbox.fenced is not None:
             return
         self._lane.write(batch.frame)
         self._under_way = batch
         self._told_vdl = batch.vdl
-        self._sent_at = perf_counter()
+        self._sent_at = monotonic()
         if batch.end > batch.start:
             self.shipped_bytes += batch.end - batch.start
             self.batches += 1
@@ -219,7 +229,8 @@ class StorageLink:
                 f"{self.address.name} acknowledged {format_lsn(scl)}; it was sent the log up to "
                 f"{format_lsn(batch.end)} of {format_lsn(self._window.end)}"
             )
-        now = perf_counter()
+        now = monotonic()
+        self.contact_at = self._sent_at
         latency_s = now - self._sent_at
         self._ack_latency_s += (latency_s - self._ack_latency_s) * _LATENCY_SMOOTHING
         if batch.end > batch.start:
@@ -266,6 +277,7 @@ class StorageLink:
                 self._transition(LinkState.STREAMING, self._distance())
                 self._fell_behind.clear()
                 self.kick()
+                self._keep_contact()
                 await self._watch(lane)
 
     def _distance(self) -> str:
@@ -284,6 +296,7 @@ class StorageLink:
         except (OSError, TimeoutError) as error:
             raise Unreachable(f"{name} cannot be reached at {host}:{port}: {error!r}") from error
         self._lane, self._under_way, self._told_vdl = lane, None, Lsn(0)
+        self._sent_at = 0.0
         try:
             yield lane
         finally:
@@ -331,15 +344,15 @@ class StorageLink:
     async def _watch(self, lane: _Lane) -> None:
         """Return when the node fell out of the window; raise when it is lost."""
         behind = asyncio.ensure_future(self._fell_behind.wait())
+        look_after_s = min(self._timing.ack_timeout_s, self._timing.contact_interval_s) / 2
         try:
             while not behind.done():
                 either: set[asyncio.Future[Any]] = {lane.ended, behind}
-                await asyncio.wait(
-                    either, timeout=self._timing.ack_timeout_s / 2, return_when="FIRST_COMPLETED"
-                )
+                await asyncio.wait(either, timeout=look_after_s, return_when="FIRST_COMPLETED")
                 if lane.ended.done():
                     raise lane.ended.result()
-                silent_s = perf_counter() - self._sent_at
+                self._keep_contact()
+                silent_s = monotonic() - self._sent_at
                 if self._under_way is not None and silent_s > self._timing.ack_timeout_s:
                     raise UnknownOutcome(f"{self.address.name} was silent for {silent_s:.1f} s")
         finally:

@@ -41,6 +41,12 @@ def test_summary() -> None:
     assert summary.latency_mean_ms == pytest.approx(0.851)
 
 
+def test_summary_with_a_connection_for_each_transaction() -> None:
+    tps = "tps = 812.5 (including reconnection times)"
+    lines = [line for line in FINISHED.splitlines() if not line.startswith("tps")]
+    assert parse_summary("\n".join([*lines, tps])).tps == pytest.approx(812.5)
+
+
 def test_a_run_that_did_not_finish_has_no_summary() -> None:
     with pytest.raises(Internal, match="tps"):
         parse_summary(ABORTED)

@@ -24,7 +24,7 @@ def plan() -> Plan:
 def test_every_system_gets_every_load_once(plan: Plan) -> None:
     counts = Counter(plan.measurements())
     assert set(counts.values()) == {1}
-    assert len(counts) == 2 * 3 * 4
+    assert len(counts) == 3 * 3 * 5
 
 
 def test_the_systems_take_turns_within_a_load(plan: Plan) -> None:
@@ -38,4 +38,9 @@ def test_none_is_always_first(plan: Plan) -> None:
 
 
 def test_the_estimate_covers_the_loads(plan: Plan) -> None:
-    assert plan.estimate_s() > 2 * 3 * 4 * plan.seconds
+    assert plan.estimate_s() > 3 * 3 * 5 * plan.seconds
+
+
+def test_every_script_is_one_of_pgbenchs() -> None:
+    assert Script.TPCB_LIKE.options == ("--builtin=tpcb-like",)
+    assert Script.CONNECT.options == ("--builtin=select-only", "--connect")

@@ -19,6 +19,7 @@ CELL = Cell(script=Script.SIMPLE_UPDATE, clients=16)
 TITLES = {
     SystemName.BOREAL: "ours",
     SystemName.PAGES_STOPPED: "ours, a mode",
+    SystemName.DIRECT: "ours, past the endpoint",
     SystemName.QUORUM: "the peer",
 }
 
@@ -40,7 +41,7 @@ def measurement(
         ack_p99_worst_ms=9.0,
         ack_delay_ms=ack_delay_ms,
     )
-    boreal = system in (SystemName.BOREAL, SystemName.PAGES_STOPPED)
+    boreal = system in (SystemName.BOREAL, SystemName.PAGES_STOPPED, SystemName.DIRECT)
     return Measurement(
         cell=CELL,
         system=system,
@@ -117,6 +118,13 @@ def test_it_says_where_the_time_goes() -> None:
     assert "3.50 ms with them and 3.25 ms without" in cost
     assert len(report.where_time_goes(items[:1], TITLES)) == 1
     assert report.where_time_goes(items[2:], TITLES) == []
+
+
+def test_it_says_what_the_endpoint_costs() -> None:
+    items = [measurement(SystemName.BOREAL, 990), measurement(SystemName.DIRECT, 1000)]
+    *_, cost = report.where_time_goes(items, TITLES)
+    assert "the writer endpoint costs 1.0% of the transactions" in cost
+    assert "5.00 ms through it and 5.00 ms past it" in cost
 
 
 def test_notes_tell_of_an_index_that_lags() -> None:

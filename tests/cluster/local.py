@@ -20,9 +20,10 @@ import psutil
 import psycopg
 
 from boreal import cluster
+from boreal.command.remote import connect
 from boreal.engine import Engine, find_engine
-from boreal.rpc import compute_pb2, compute_pb2_grpc
-from boreal.rpc.edge import calling, open_channel
+from boreal.errors import NotWriter
+from boreal.rpc import compute_pb2
 
 BOREAL = str(Path(sys.executable).with_name("boreal"))
 _T = TypeVar("_T")
@@ -62,25 +63,93 @@ class LocalCluster:
         return parsed
 
     @property
+    def config(self) -> cluster.ClusterConfig:
+        """Names, ports, connection strings."""
+        return cluster.load(self.directory)
+
+    @property
     def dsn(self) -> str:
-        """The master user's connection string."""
-        return self.boreal("dsn").strip()
+        """The master user's connection string, at the writer endpoint."""
+        return self.config.dsn
 
-    def connect(self, **options: Any) -> psycopg.Connection[tuple[Any, ...]]:
-        """An autocommit connection of the master user."""
-        return psycopg.connect(self.dsn, autocommit=True, connect_timeout=5, **options)
+    @property
+    def reader_dsn(self) -> str:
+        """The same at the reader endpoint."""
+        return self.config.reader_dsn
 
-    def query(self, statement: str) -> list[tuple[Any, ...]]:
-        """Run one statement on a connection of its own, waiting for a writer if there is none."""
-        return until(lambda: self._attempt(statement), 60, f"the cluster to answer {statement!r}")
+    def dsn_of(self, instance: str) -> str:
+        """The same at one instance, whatever its role."""
+        return self.config.instance_dsn(instance)
 
-    def _attempt(self, statement: str) -> list[tuple[Any, ...]] | None:
+    def connect(
+        self, dsn: str | None = None, **options: Any
+    ) -> psycopg.Connection[tuple[Any, ...]]:
+        """An autocommit connection of the master user; without a `dsn`, to the writer endpoint."""
+        return psycopg.connect(dsn or self.dsn, autocommit=True, connect_timeout=5, **options)
+
+    def query(self, statement: str, dsn: str | None = None) -> list[tuple[Any, ...]]:
+        """Run one statement on a connection of its own, waiting for somebody who answers."""
+        what = f"the cluster to answer {statement!r}"
+        return until(lambda: self._attempt(statement, dsn), 60, what)
+
+    def _attempt(self, statement: str, dsn: str | None) -> list[tuple[Any, ...]] | None:
         try:
-            with self.connect() as connection:
+            with self.connect(dsn) as connection:
                 cursor = connection.execute(statement.encode())
                 return cursor.fetchall() if cursor.description else []
         except psycopg.OperationalError:
             return None
+
+    # --- instances -------------------------------------------------------------------------------
+
+    @property
+    def instances(self) -> tuple[str, ...]:
+        """Every instance's name."""
+        return self.config.instance_names
+
+    def writer_name(self) -> str:
+        """The writer at work, waited for if there is none."""
+        return until(lambda: self._writer() or None, 60, "a writer").instance
+
+    def reader_names(self) -> list[str]:
+        """The instances that are not the writer at work."""
+        writer = self.writer_name()
+        return [name for name in self.instances if name != writer]
+
+    def _writer(self) -> compute_pb2.ComputeStatus | None:
+        async def ask() -> compute_pb2.ComputeStatus:
+            async with connect(self.config) as remote:
+                return await remote.writer()
+
+        try:
+            return asyncio.run(ask())
+        except NotWriter:
+            return None
+
+    def instance_status(self, name: str) -> compute_pb2.ComputeStatus:
+        """What an instance says of itself."""
+
+        async def ask() -> compute_pb2.ComputeStatus:
+            async with connect(self.config) as remote:
+                return await remote.instance_status(name)
+
+        return asyncio.run(ask())
+
+    def agent_address(self) -> str:
+        """Of the present writer's agent."""
+        return self.config.instance(self.writer_name()).agent_address
+
+    def pgdata(self, instance: str = "db-1") -> Path:
+        """An instance's PostgreSQL data directory."""
+        return self.directory / instance / "pgdata"
+
+    def postmaster(self, instance: str = "db-1") -> int:
+        """The pid of an instance's PostgreSQL."""
+        return int((self.pgdata(instance) / "postmaster.pid").read_text().split()[0])
+
+    def events(self) -> list[dict[str, Any]]:
+        """`boreal events --json`."""
+        return [json.loads(line) for line in self.boreal("events", "--json").splitlines()]
 
     @property
     def engine(self) -> Engine:
@@ -96,12 +165,8 @@ class LocalCluster:
         """Have the writer take a bundle; return the LSN it is consistent at."""
 
         async def ask() -> int:
-            config = cluster.load(self.directory)
-            async with open_channel(config.agent_address) as channel:
-                stub = compute_pb2_grpc.ComputeStub(channel)
-                with calling("db-1", "TakeBundle"):
-                    taken = await stub.TakeBundle(compute_pb2.TakeBundleRequest(), timeout=60)
-            return taken.end_lsn
+            async with connect(self.config) as remote:
+                return (await remote.take_bundle()).end_lsn
 
         return asyncio.run(ask())
 
@@ -112,10 +177,10 @@ class LocalCluster:
         assert any(str(self.directory) in part for part in process.cmdline())
         process.kill()
 
-    def pgbench(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start pgbench against the cluster."""
+    def pgbench(self, *arguments: str, dsn: str | None = None) -> subprocess.Popen[str]:
+        """Start pgbench; without a `dsn`, at the writer endpoint."""
         return subprocess.Popen(
-            [str(self.engine.tool("pgbench")), *arguments, self.dsn],
+            [str(self.engine.tool("pgbench")), *arguments, dsn or self.dsn],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -1,8 +1,8 @@
 """The `boreal` command as its users meet it.
 
-Method: the installed verbs run against a cluster directory whose processes are small programs, and
-against a compute agent in this process that answers as it is told. (Whole clusters are started in
-tests/cluster.)
+Method: the installed verbs run against a cluster directory whose processes are small programs.
+(With services that answer as they are told: test_verify.py, test_instances.py. Whole clusters are
+started in tests/cluster.)
 """
 
 from __future__ import annotations
@@ -10,56 +10,28 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
-from grpc import aio
+from click.testing import CliRunner
 
 from boreal import cluster
-from boreal.command.lifecycle import UpOptions, bring_up, take_down
+from boreal.command.lifecycle import bring_up, take_down
 from boreal.command.main import main
-from boreal.command.roster import command_line, ports_of
+from boreal.command.reporter import Silent
+from boreal.command.roster import command_line, listed, ports_of
+from boreal.command.settle import UpOptions, settle_config
 from boreal.errors import BadUsage, ProcessFailed
 from boreal.processes import LocalProcesses
-from boreal.rpc import common_pb2, compute_pb2, compute_pb2_grpc
-from boreal.rpc.edge import make_server
 from boreal.waiting import wait_until
+from tests.command.kit import boreal
 
 SLEEPER = (sys.executable, "-S", "-c", "import time; print('slept', flush=True); time.sleep(60)")
-_Context = aio.ServicerContext[Any, Any]
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """One that an unprivileged PostgreSQL could reach, which pytest's own is not."""
-    path = Path(tempfile.mkdtemp(prefix="boreal-command-", dir="/var/tmp"))
-    path.chmod(0o755)
-    yield path
-    take_down(path)
-    shutil.rmtree(path)
-
-
-@pytest.fixture
-def config(directory: Path) -> cluster.ClusterConfig:
-    """A cluster of which nothing was ever started."""
-    (port,) = cluster.free_ports(1)
-    config = cluster.create(directory, postgres_port=port)
-    config.save()
-    return config
-
-
-def boreal(directory: Path, *arguments: str) -> Result:
-    verb, *others = arguments
-    return CliRunner().invoke(main, [verb, f"--data-dir={directory}", *others])
 
 
 # --- what needs no cluster that runs -------------------------------------------------------------
@@ -89,10 +61,13 @@ def test_dsn_loads_nothing_heavy(config: cluster.ClusterConfig) -> None:
     )
 
 
-VERBS = ["up", "down", "status", "psql", "dsn", "logs", "kill", "pause", "resume", "restart"]
+VERBS = [
+    *("up", "down", "status", "events", "verify", "psql", "dsn", "logs", "kill", "pause", "resume"),
+    *("restart", "add-reader", "remove-reader", "failover"),
+]
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "verify"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_takes_a_data_dir(verb: str) -> None:
     result = CliRunner().invoke(main, [verb, "--help"])
     assert result.exit_code == 0
@@ -100,7 +75,11 @@ def test_every_verb_takes_a_data_dir(verb: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["status"], ["psql"], ["dsn"], ["logs", "db-1"], ["kill", "sn-1"], ["verify"]]
+    "arguments",
+    [
+        *(["status"], ["status", "--watch"], ["psql"], ["dsn"], ["logs", "db-1"], ["kill", "sn-1"]),
+        *(["verify"], ["events"], ["add-reader"], ["remove-reader", "db-2"], ["failover"]),
+    ],
 )
 def test_no_cluster_is_an_error_with_a_remedy(tmp_path: Path, arguments: list[str]) -> None:
     result = boreal(tmp_path, *arguments)
@@ -121,7 +100,7 @@ def test_an_unknown_name_is_answered_with_the_names(
 ) -> None:
     result = boreal(config.data_dir, verb, "sn-7")
     assert result.exit_code == 2
-    assert "control, sn-1, sn-2, sn-3, sn-4, sn-5, sn-6, db-1" in result.output
+    assert "control, endpoints, sn-1, sn-2, sn-3, sn-4, sn-5, sn-6, db-1" in result.output
 
 
 def test_command_lines_carry_every_port_once(config: cluster.ClusterConfig) -> None:
@@ -132,14 +111,54 @@ def test_command_lines_carry_every_port_once(config: cluster.ClusterConfig) -> N
         assert config.master_password not in words
 
 
+def test_each_instance_is_told_its_tier_and_the_endpoints_theirs(
+    config: cluster.ClusterConfig,
+) -> None:
+    config = cluster.with_instance(config, tier=3)
+    assert "--tier=1" in command_line(config, "db-1")
+    words = command_line(config, "db-2")
+    assert "--tier=3" in words
+    assert f"--postgres-port={config.instance('db-2').postgres_port}" in words
+    words = command_line(config, "endpoints")
+    assert "control_plane.endpoints" in words
+    assert f"--writer-port={config.postgres_port}" in words
+    assert f"--reader-port={config.reader_port}" in words
+
+
+def test_names_in_few_words(config: cluster.ClusterConfig) -> None:
+    full = cluster.with_readers(config, 11)
+    assert listed(full.names) == "control, endpoints, sn-1 to sn-6, db-1 to db-12"
+    assert listed(["db-2", "db-4", "db-5"]) == "db-2, db-4, db-5"
+    assert listed(["endpoints"]) == "endpoints"
+    assert listed([]) == ""
+
+
+@pytest.mark.parametrize("verb", ["dsn", "psql"])
+def test_two_targets_are_one_too_many(config: cluster.ClusterConfig, verb: str) -> None:
+    result = boreal(config.data_dir, verb, "--reader", "--instance", "db-1")
+    assert result.exit_code == 2
+    assert "two targets" in result.output
+    assert boreal(config.data_dir, verb, "--instance", "db-2").exit_code == 2
+
+
+def test_dsn_names_endpoints_and_instances(config: cluster.ClusterConfig) -> None:
+    def dsn(*options: str) -> str:
+        return boreal(config.data_dir, "dsn", *options).output.strip()
+
+    assert dsn() == config.dsn
+    assert dsn("--reader") == config.reader_dsn
+    assert dsn("--instance", "db-1") == config.instance_dsn("db-1")
+    assert len({dsn(), dsn("--reader"), dsn("--instance", "db-1")}) == 3
+
+
 # --- processes -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def processes(config: cluster.ClusterConfig) -> LocalProcesses:
-    """sn-1 and db-1 are there; they do nothing."""
+    """Three are there; they do nothing."""
     local = LocalProcesses(config.data_dir)
-    for name in ("sn-1", "db-1"):
+    for name in ("sn-1", "db-1", "endpoints"):
         local.start(name, SLEEPER)
         written = local.log_path(name).read_text  # by now or a little later
         wait_until(written, timeout_s=20, otherwise=AssertionError)
@@ -161,7 +180,10 @@ def test_kill_pause_resume_act_on_the_process(
     assert state() == "dead"
     again = boreal(config.data_dir, "kill", "sn-1")
     assert again.exit_code == 2
-    assert "by itself" in boreal(config.data_dir, "kill", "db-1").output
+    assert "a new epoch" in boreal(config.data_dir, "kill", "db-1").output
+    cluster.with_instance(config).save()
+    processes.restart("db-1", SLEEPER)
+    assert "another instance takes over" in boreal(config.data_dir, "kill", "db-1").output
 
 
 def test_logs_shows_the_end(config: cluster.ClusterConfig, processes: LocalProcesses) -> None:
@@ -196,7 +218,7 @@ async def test_logs_follows(config: cluster.ClusterConfig, processes: LocalProce
 def test_status_without_a_control_plane_says_so(
     config: cluster.ClusterConfig, processes: LocalProcesses
 ) -> None:
-    processes.stop("db-1")
+    processes.stop("db-1", "endpoints")
     text = boreal(config.data_dir, "status").output
     assert "control plane does not answer" in text
     found = json.loads(boreal(config.data_dir, "status", "--json").output)
@@ -208,132 +230,12 @@ def test_status_without_a_control_plane_says_so(
     assert found["storage"][0]["scl"] is None
     assert found["compute"][0]["process"] == "stopped"
     assert found["volume"]["ready"] is None
+    assert found["endpoints"]["process"] == "stopped"
+    assert found["endpoints"]["reader"] == {
+        "address": f"127.0.0.1:{config.reader_port}", "instances": []
+    }  # fmt: skip
     take_down(config.data_dir)
     assert "the cluster is down" in boreal(config.data_dir, "status").output
-
-
-# --- verify --------------------------------------------------------------------------------------
-
-
-class Agent(compute_pb2_grpc.ComputeServicer):
-    """A compute agent that answers as it is told."""
-
-    def __init__(self) -> None:
-        self.state = compute_pb2.WRITER
-        self.events: Sequence[compute_pb2.VerifyEvent] = ()
-        self.asked: list[compute_pb2.VerifyRequest] = []
-
-    async def GetStatus(  # noqa: N802
-        self, request: compute_pb2.GetComputeStatusRequest, context: _Context
-    ) -> compute_pb2.ComputeStatus:
-        volume = common_pb2.VolumeRef(volume_id="vol-1", epoch=4)
-        return compute_pb2.ComputeStatus(instance="db-1", state=self.state, volume=volume)
-
-    async def TakeBundle(  # noqa: N802
-        self, request: compute_pb2.TakeBundleRequest, context: _Context
-    ) -> compute_pb2.TakeBundleResponse:
-        return compute_pb2.TakeBundleResponse()
-
-    async def Verify(  # noqa: N802
-        self, request: compute_pb2.VerifyRequest, context: _Context
-    ) -> AsyncIterator[compute_pb2.VerifyEvent]:
-        self.asked.append(request)
-        for event in self.events:
-            yield event
-
-
-@pytest.fixture
-async def agent(config: cluster.ClusterConfig) -> AsyncIterator[Agent]:
-    agent = Agent()
-    server = make_server()
-    compute_pb2_grpc.add_ComputeServicer_to_server(agent, server)
-    server.add_insecure_port(config.agent_address)
-    await server.start()
-    yield agent
-    await server.stop(None)
-
-
-def summary(differences: int) -> compute_pb2.VerifyEvent:
-    return compute_pb2.VerifyEvent(
-        summary=compute_pb2.VerifySummary(
-            pages=1607, relations=495, databases=2, differences=differences, nodes=["sn-1"]
-        )
-    )
-
-
-async def verify(config: cluster.ClusterConfig, *arguments: str) -> Result:
-    return await asyncio.to_thread(boreal, config.data_dir, "verify", *arguments)
-
-
-async def test_verify_reports_totals(config: cluster.ClusterConfig, agent: Agent) -> None:
-    progress = compute_pb2.VerifyProgress(pages_done=5, pages_total=1607)
-    agent.events = [compute_pb2.VerifyEvent(progress=progress), summary(0)]
-    result = await verify(config, "--node", "sn-1", "--node", "sn-4")
-    assert result.exit_code == 0
-    assert "1607" in result.output
-    assert list(agent.asked[0].nodes) == ["sn-1", "sn-4"]
-    assert (agent.asked[0].volume.volume_id, agent.asked[0].volume.epoch) == ("vol-1", 4)
-
-
-async def test_verify_names_what_differs_and_fails(
-    config: cluster.ClusterConfig, agent: Agent
-) -> None:
-    page = compute_pb2.PageDifference(
-        node="sn-1", database="postgres", relation="public.t", block=7, reason="byte 30"
-    )
-    agent.events = [compute_pb2.VerifyEvent(difference=page), summary(1)]
-    result = await verify(config)
-    assert result.exit_code == 1
-    for word in ("sn-1", "public.t", "block 7", "byte 30"):
-        assert word in result.output.replace("\n", " ")
-
-
-async def test_verify_wants_the_writer_and_an_end(
-    config: cluster.ClusterConfig, agent: Agent
-) -> None:
-    cut_off = await verify(config)
-    assert cut_off.exit_code == 1
-    assert "without a result" in cut_off.output
-    agent.state = compute_pb2.READER
-    reader = await verify(config)
-    assert reader.exit_code == 1
-    assert "reader" in reader.output
-    assert (await verify(config, "--node", "db-1")).exit_code == 2
-
-
-async def test_verify_tells_seconds_and_orphans(
-    config: cluster.ClusterConfig, agent: Agent
-) -> None:
-    agent.events = [
-        compute_pb2.VerifyEvent(
-            difference=compute_pb2.PageDifference(node="sn-4", relation="1663/5/77", reason="odd")
-        ),
-        compute_pb2.VerifyEvent(
-            difference=compute_pb2.PageDifference(node="sn-5", reason="it was not compared")
-        ),
-        compute_pb2.VerifyEvent(
-            summary=compute_pb2.VerifySummary(pages=10, differences=2, orphans=3, orphan_pages=9)
-        ),
-    ]
-    result = await verify(config)
-    assert result.exit_code == 1
-    for words in ("pages/s", "(orphan) 1663/5/77", "sn-5: it was not", "3  forks that no catalog"):
-        assert words in " ".join(result.output.split("\n"))
-
-
-@pytest.mark.parametrize("place", ["sn-1", "path"])
-def test_verify_offline_checks_a_directory(
-    directory: Path, place: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Found by name or by path; what it exits with is what the check does."""
-    node = directory / "sn-1"
-    where = place if place == "sn-1" else str(node)
-    assert boreal(directory, "verify", "--offline", where).exit_code == 2
-    assert "not the directory of a storage node" in capfd.readouterr().err
-    (node / "volumes").mkdir(parents=True)
-    (node / "lock").touch()
-    assert boreal(directory, "verify", "--offline", where).exit_code == 0
-    assert "0 damages" in capfd.readouterr().out
 
 
 # --- up ------------------------------------------------------------------------------------------
@@ -359,12 +261,57 @@ def test_up_on_a_taken_port_names_another(directory: Path) -> None:
     assert LocalProcesses(directory).names() == []
 
 
+def test_up_on_a_taken_reader_port_names_another(directory: Path) -> None:
+    (free,) = cluster.free_ports(1)
+    with socket.create_server((cluster.HOST, 0)) as server:
+        port = server.getsockname()[1]
+        result = boreal(directory, "up", f"--port={free}", f"--reader-port={port}")
+    assert result.exit_code == 2
+    assert "boreal up --reader-port" in result.output
+    both = boreal(directory, "up", f"--port={free}", f"--reader-port={free}")
+    assert both.exit_code == 2
+    assert not (directory / "cluster.json").exists()
+
+
+def test_endpoints_move_together_while_the_cluster_is_down(
+    config: cluster.ClusterConfig, settled: Callable[..., cluster.ClusterConfig]
+) -> None:
+    port = next(port for port in cluster.free_ports(50) if cluster.is_free(port + 1))
+    moved = settled(postgres_port=port)
+    assert (moved.postgres_port, moved.reader_port) == (port, port + 1)
+    (elsewhere,) = cluster.free_ports(1, avoid=[port, port + 1])
+    assert settled(reader_port=elsewhere).postgres_port == port
+    assert settled().reader_port == elsewhere
+    with pytest.raises(BadUsage, match="cannot be both"):
+        settled(reader_port=port)
+
+
+def test_up_adds_readers_and_takes_none_away(
+    config: cluster.ClusterConfig, settled: Callable[..., cluster.ClusterConfig]
+) -> None:
+    assert settled(readers=2).instance_names == ("db-1", "db-2", "db-3")
+    assert settled(readers=1) == settled() == cluster.load(config.data_dir)
+    assert len(settled().compute) == 3
+
+
+@pytest.fixture
+def settled(config: cluster.ClusterConfig) -> Callable[..., cluster.ClusterConfig]:
+    """What `up` with these options would start with."""
+
+    def settle(**options: int) -> cluster.ClusterConfig:
+        up = UpOptions(data_dir=config.data_dir, **options)
+        return settle_config(up, LocalProcesses(config.data_dir), Silent())
+
+    return settle
+
+
 def test_up_does_not_move_a_port_in_use(
     config: cluster.ClusterConfig, processes: LocalProcesses
 ) -> None:
-    result = boreal(config.data_dir, "up", "--port", "5999")
-    assert result.exit_code == 2
-    assert "boreal down" in result.output
+    for option in ("--port", "--reader-port"):
+        result = boreal(config.data_dir, "up", option, "5999")
+        assert result.exit_code == 2
+        assert "boreal down" in result.output
 
 
 def test_up_while_another_is_at_work(config: cluster.ClusterConfig) -> None:

@@ -45,6 +45,7 @@ class FleetNode(
         self.calls: list[str] = []
         self.failure: BorealError | None = None
         self.hanging = False
+        self.writer_silent_ms = 0
 
     @property
     def member(self) -> control_pb2.StorageNode:
@@ -87,7 +88,9 @@ class FleetNode(
     async def Fence(self, request: Any, context: Any) -> storage_pb2.Position:
         await self._enter("Fence", request.volume)
         self.state = self.state.fence(Epoch(request.volume.epoch))
-        return self._position()
+        position = self._position()
+        position.writer_silent_ms = self.writer_silent_ms
+        return position
 
     async def Adopt(self, request: Any, context: Any) -> storage_pb2.Position:
         await self._enter("Adopt", request.volume)

@@ -21,6 +21,7 @@ from typing import Any, LiteralString
 
 import psycopg
 
+from boreal.cluster import HOST
 from boreal.engine import Engine
 from boreal.errors import BorealError
 from boreal.types import (
@@ -34,13 +35,13 @@ from boreal.types import (
     RelationFork,
 )
 from compute_node import shim
+from compute_node.lease import Lease
 from compute_node.page_service import PageService
 
 _RELATION = re.compile(r"(base/\d+|global)/(\d+)(_vm|_init)?(\.\d+)?")
 _START_LIMIT_S = 60.0
 _SETTINGS = {
-    "listen_addresses": "",
-    "port": "5432",
+    "port": "5432",  # only names the socket file
     "fsync": "off",
     "full_page_writes": "off",
     "autovacuum": "off",
@@ -118,13 +119,22 @@ class ShimmedPostgres:
     """A running one."""
 
     def __init__(
-        self, original: Original, home: Path, source: FileSource, *, cache_limited: bool
+        self,
+        original: Original,
+        home: Path,
+        source: FileSource,
+        *,
+        cache_limited: bool,
+        tcp_port: int | None,
     ) -> None:
+        self.port = tcp_port or int(_SETTINGS["port"])
+        self._listen_addresses = HOST if tcp_port else ""
         self.data = home / "data"
         self.socket_directory = home
         self.page_socket = home / "pages"
         self.source = source
         self.pages: PageService | None = None
+        self.lease: Lease | None = None
         self._engine = original.engine
         self._cache_limited = cache_limited
         self._log = home / "postgres.log"
@@ -138,7 +148,12 @@ class ShimmedPostgres:
         return self.pages
 
     async def start(self, library: Path) -> None:
-        settings = {**_SETTINGS, "unix_socket_directories": str(self.socket_directory)}
+        settings = {
+            **_SETTINGS,
+            "listen_addresses": self._listen_addresses,
+            "port": str(self.port),
+            "unix_socket_directories": str(self.socket_directory),
+        }
         with self._log.open("ab") as log:
             # Not through the event loop: uvloop cannot start a child as another account.
             self._process = subprocess.Popen(  # noqa: ASYNC220
@@ -166,6 +181,13 @@ class ShimmedPostgres:
                     return
                 await asyncio.sleep(0.02)
 
+    @property
+    def postmaster(self) -> int:
+        """Its pid."""
+        if self._process is None:
+            raise RuntimeError("PostgreSQL is not running")
+        return self._process.pid
+
     async def stop(self) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGQUIT)  # nothing in it is worth a checkpoint
@@ -186,7 +208,7 @@ class ShimmedPostgres:
     async def connect(self, database: str = "postgres") -> psycopg.AsyncConnection[Any]:
         return await psycopg.AsyncConnection.connect(
             host=str(self.socket_directory),
-            port=5432,
+            port=self.port,
             user="postgres",
             dbname=database,
             autocommit=True,
@@ -226,14 +248,26 @@ class ShimmedPostgres:
 
 @asynccontextmanager
 async def shimmed_postgres(
-    original: Original, library: Path, name: str, *, cache_limited: bool = False
+    original: Original,
+    library: Path,
+    name: str,
+    *,
+    cache_limited: bool = False,
+    tcp_port: int | None = None,
+    leased: bool = False,
 ) -> AsyncIterator[ShimmedPostgres]:
-    """Run one, a standby, over `original` without a page of its own; stop and remove it after."""
+    """Run one, a standby, over `original` without a page of its own; stop and remove it after.
+
+    It listens on the loopback interface too if a port is given; its clients there are held to the
+    lease that `lease` tells of if `leased`.
+    """
     home = original.home / name
     home.mkdir()
     original.engine.account.own(home)
     source = FileSource(original=original)
-    server = ShimmedPostgres(original, home, source, cache_limited=cache_limited)
+    server = ShimmedPostgres(original, home, source, cache_limited=cache_limited, tcp_port=tcp_port)
+    if leased:
+        server.lease = Lease(server.page_socket, original.engine.account)
     try:
         await asyncio.to_thread(_restore_without_pages, original, server.data)
         await server.serve_pages()
@@ -241,6 +275,8 @@ async def shimmed_postgres(
         yield server
     finally:
         await server.stop()
+        if server.lease is not None:
+            server.lease.close()
         shutil.rmtree(home, ignore_errors=True)
 
 

@@ -23,7 +23,7 @@ def lives(choice: BundleChoice, count: int) -> list[Lsn]:
     ends = []
     for _ in range(count):
         ends.append(chosen(choice))
-        choice.ended(ends[-1], wrote=False)
+        choice.ended(ends[-1], served=False)
     return ends
 
 
@@ -34,16 +34,16 @@ def test_every_bundle_is_tried_twice_from_the_newest_on_and_then_again() -> None
 def test_one_failure_changes_nothing() -> None:
     choice = BundleChoice()
     lives(choice, 1)
-    choice.ended(chosen(choice), wrote=True)
+    choice.ended(chosen(choice), served=True)
     assert lives(choice, 2) == [300, 300]
     assert chosen(choice) == 200
 
 
-def test_after_a_life_that_wrote_the_newest_is_right_again() -> None:
+def test_after_a_life_that_served_the_newest_is_right_again() -> None:
     choice = BundleChoice()
     lives(choice, 3)
     assert chosen(choice) == 200
-    choice.ended(Lsn(200), wrote=True)
+    choice.ended(Lsn(200), served=True)
     assert chosen(choice) == 300
 
 
@@ -51,5 +51,5 @@ def test_a_life_that_got_no_bundle_says_nothing_about_any() -> None:
     choice = BundleChoice()
     lives(choice, 1)
     for _ in range(3):
-        choice.ended(Lsn(0), wrote=False)
+        choice.ended(Lsn(0), served=False)
     assert lives(choice, 2) == [300, 200]

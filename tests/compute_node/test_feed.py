@@ -18,6 +18,7 @@ import pytest
 from boreal.errors import BelowLogStart, EngineError, Refused, Unreachable
 from boreal.quorum import Lineage, TimelineStart
 from boreal.types import Epoch, Lsn, Timeline, parse_lsn, wal_segment_start
+from compute_node import wire
 from compute_node.feed import Feed
 from compute_node.feed_session import timeline_after, timeline_history
 from compute_node.replication_client import TimelineEnd, WalStream
@@ -328,6 +329,28 @@ async def test_garbage_hurts_nobody_else(tmp_path: Path, garbage: bytes) -> None
         assert answer.startswith(b"E")
         writer.close()
         await stream.identify_system()
+
+
+async def test_a_standby_is_asked_until_it_has_replayed_all(tmp_path: Path) -> None:
+    log = small_log()
+    feed = await Feed.start(log, socket_dir=tmp_path, port=1)
+    reader, writer = await asyncio.open_unix_connection(str(tmp_path / ".s.PGSQL.1"))
+    messages = wire.MessageReader()
+    try:
+        writer.write(wire.startup({"user": "x", "replication": "true"}))
+        writer.write(wire.query("START_REPLICATION 0/44C TIMELINE 2"))
+        asked = 0
+        async with asyncio.timeout(10):
+            while asked < 3:
+                for kind, body in messages.feed(await reader.read(65536)):
+                    if kind == wire.COPY_DATA and body[0] == wire.KEEPALIVE:
+                        assert wire.read_keepalive(body) == (1150, True)
+                        asked += 1
+        writer.write(wire.standby_status(Lsn(1150), 0))
+        await until(lambda: [standby.applied for standby in feed.standbys] == [1150])
+    finally:
+        writer.close()
+        await feed.close()
 
 
 # --- pure --------------------------------------------------------------------------------------

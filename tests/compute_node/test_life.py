@@ -14,15 +14,16 @@ from boreal.errors import Internal
 from compute_node.life import Life, LifeState
 
 W, C, R = LifeState.WAITING, LifeState.CREATING, LifeState.RESTORING
-READER, P, WRITER, S = (
+READER, P, WRITER, Y, S = (
     LifeState.READER,
     LifeState.PROMOTING,
     LifeState.WRITER,
+    LifeState.YIELDING,
     LifeState.STOPPING,
 )
 
 ALLOWED = {
-    *((W, C), (W, R), (C, W), (R, READER), (READER, P), (P, WRITER)),
+    *((W, C), (W, R), (C, W), (R, READER), (READER, P), (P, WRITER), (WRITER, Y)),
     *((state, S) for state in LifeState if state is not S),
 }
 WAY_TO: dict[LifeState, tuple[LifeState, ...]] = {
@@ -32,6 +33,7 @@ WAY_TO: dict[LifeState, tuple[LifeState, ...]] = {
     READER: (R, READER),
     P: (R, READER, P),
     WRITER: (R, READER, P, WRITER),
+    Y: (R, READER, P, WRITER, Y),
     S: (S,),
 }
 
@@ -74,7 +76,7 @@ def test_a_writer_never_becomes_a_reader_again() -> None:
     while edge:
         reached |= edge
         edge = {new for old, new in ALLOWED if old in edge} - reached
-    assert reached == {WRITER, S}
+    assert reached == {WRITER, Y, S}
 
 
 def test_no_two_lives_share_an_identity_and_none_changes_its_own() -> None:
@@ -84,3 +86,11 @@ def test_no_two_lives_share_an_identity_and_none_changes_its_own() -> None:
     for life in lives:
         life.become(S, "over")
     assert [life.identity for life in lives] == identities
+
+
+def test_each_change_is_told_once_it_is_made() -> None:
+    seen: list[LifeState] = []
+    life = Life(lambda: seen.append(life.state))
+    for step in (R, READER, P, WRITER, Y, S):
+        life.become(step, "on the way")
+    assert seen == [R, READER, P, WRITER, Y, S]

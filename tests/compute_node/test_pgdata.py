@@ -145,7 +145,7 @@ def test_free_space_maps_belong_to_a_bundle_and_other_forks_do_not(tmp_path: Pat
     "directory",
     [
         *("pg_wal", "pg_replslot", "pg_dynshmem", "pg_notify", "pg_serial", "pg_snapshots"),
-        *("pg_stat", "pg_stat_tmp", "pg_subtrans"),
+        *("pg_stat", "pg_stat_tmp", "pg_subtrans", "boreal"),
     ],
 )
 def test_some_directories_come_empty(tmp_path: Path, directory: str) -> None:

@@ -26,6 +26,7 @@ from boreal.errors import (
     Unreachable,
 )
 from boreal.quorum import SIX_WAY, Lineage, SegmentState
+from boreal.quorum.lease import LEASE_S
 from boreal.rpc import storage_pb2
 from boreal.types import PAGE_BYTES, Epoch, Lsn, NodeName, VolumeId
 from compute_node.fleet import DEFAULT_LIMITS, Fleet
@@ -348,6 +349,36 @@ async def test_a_log_that_came_short_is_not_taken_over() -> None:
         back(nodes[:1])
         away(nodes[5:])
         assert (await recovering).end == log.end
+
+
+# --- the former writer's lease -------------------------------------------------------------------
+
+
+async def test_it_is_told_when_the_fenced_ones_lease_is_over() -> None:
+    log = wal(3)
+    async with six() as (fleet, nodes):
+        for node, silent_ms in zip(nodes, (900, 700, 800, 750, 1000, 1100), strict=True):
+            node.holds(log.data)
+            node.writer_silent_ms = silent_ms
+        away(nodes[4:])
+        told: list[float] = []
+        await recover(fleet, Epoch(2), on_fenced=told.append, clock=lambda: 1000.0)
+        assert told == [pytest.approx(1000.0 + LEASE_S - 0.7)]
+
+
+async def test_it_is_told_once_a_write_quorum_refuses_the_former_and_no_sooner() -> None:
+    log = wal(3)
+    async with six() as (fleet, nodes):
+        for node in nodes:
+            node.holds(log.data)
+        away(nodes[3:])
+        told: list[float] = []
+        recovering = asyncio.create_task(recover(fleet, Epoch(2), on_fenced=told.append))
+        await until(lambda: nodes[0].calls.count("Fence") >= 2)
+        assert not told
+        back(nodes[3:])
+        await recovering
+        assert len(told) == 1
 
 
 # --- one recovery after another ------------------------------------------------------------------

@@ -137,6 +137,36 @@ async def test_a_commit_waits_for_the_status(primary: StockPostgres) -> None:
         primary.run("ALTER SYSTEM RESET synchronous_standby_names", "SELECT pg_reload_conf()")
 
 
+async def test_what_readers_still_see_is_kept_by_the_slot(primary: StockPostgres) -> None:
+    def kept() -> str:
+        query = "SELECT coalesce(xmin::text, '') FROM pg_replication_slots WHERE slot_name = %s"
+        return str(primary.run(query.replace("%s", f"'{SLOT}'"))[0][0])
+
+    async def keeps(xmin: str) -> None:
+        async with asyncio.timeout(10):
+            while await asyncio.to_thread(kept) != xmin:
+                await asyncio.sleep(0.01)
+
+    oldest = int(primary.run("SELECT pg_current_xact_id()::text::int8")[0][0])
+    async with stream_of(primary) as stream:
+        flush = (await stream.identify_system()).flushed
+        stream.send_feedback(oldest)  # told once streaming has begun
+        async with collecting(stream, flush):
+            await keeps(str(oldest))
+            newer = int(primary.run("SELECT pg_current_xact_id()::text::int8")[0][0])
+            stream.send_feedback(newer)
+            await keeps(str(newer))
+            stream.send_feedback(0)
+            await keeps("")
+
+
+def test_feedback_tells_the_epoch_of_a_transaction_id() -> None:
+    sent = wire.hot_standby_feedback((3 << 32) + 17, 0)
+    ((kind, body),) = wire.MessageReader().feed(sent)
+    assert kind == wire.COPY_DATA
+    assert wire.read_hot_standby_feedback(body) == wire.HotStandbyFeedback(17, 3, 0, 0)
+
+
 async def test_paused_reading_delivers_nothing_until_resumed(primary: StockPostgres) -> None:
     async with stream_of(primary) as stream:
         flush = (await stream.identify_system()).flushed

@@ -13,6 +13,7 @@ import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from time import monotonic
 
 import pytest
 from hypothesis import given
@@ -142,12 +143,12 @@ async def test_a_node_that_is_away_holds_what_is_held_everywhere() -> None:
 
 async def test_an_idle_writer_still_tells_the_last_vdl() -> None:
     async with fleet() as f:
+        await until(lambda: len(f.shipper.contacts) == 6)
+        before = [len(n.appends) for n in f.nodes]
         f.push(b"x" * 100)
         await until(lambda: all(n.state.vdl == f.shipper.end for n in f.nodes), 1)
-        settled = [len(n.appends) for n in f.nodes]
-        assert settled == [2] * 6  # the bytes, then the VDL, and no chatter after that
-        await asyncio.sleep(0.1)
-        assert [len(n.appends) for n in f.nodes] == settled
+        new = [n.appends[at:] for n, at in zip(f.nodes, before, strict=True)]
+        assert [size for _, size, _ in new[0]][:2] == [100, 0]  # the bytes, then the VDL
 
 
 async def test_what_piles_up_during_a_batch_goes_in_the_next_one() -> None:
@@ -481,3 +482,39 @@ def test_a_fenced_outbox_takes_nothing_and_its_vdl_stays() -> None:
     assert (outbox.vdl, vdls) == (START, [])
     with pytest.raises(StaleEpoch):
         outbox.push(outbox.window.end, b"def")
+
+
+# --- contact with the nodes --------------------------------------------------------------------
+
+
+async def test_an_idle_writer_keeps_in_contact_with_every_node() -> None:
+    async with fleet() as f:
+        await until(lambda: len(f.shipper.contacts) == 6)
+        began = monotonic()
+        await until(lambda: min(f.shipper.contacts) > began)
+        assert {size for node in f.nodes for _, size, _ in node.appends} == {0}
+
+
+async def test_contact_is_when_what_was_answered_was_sent() -> None:
+    async with fleet() as f:
+        await until(lambda: len(f.shipper.contacts) == 6)
+        f.nodes[0].pause()
+        paused = monotonic()
+        f.push(b"x" * 100)  # this one takes it, and does not say so
+        await f.durable()
+        await until(lambda: sorted(f.shipper.contacts)[1] > paused)
+        assert min(f.shipper.contacts) <= paused
+        f.nodes[0].resume()
+        await until(lambda: min(f.shipper.contacts) > paused)
+
+
+async def test_a_fenced_writer_loses_contact_and_learns_of_it_though_idle() -> None:
+    async with fleet() as f:
+        await until(lambda: len(f.shipper.contacts) == 6)
+        for node in f.nodes[:4]:
+            node.fence(9)
+        fenced = monotonic()
+        await until(f.task.done)
+        with pytest.raises(StaleEpoch):
+            await f.task
+        assert sorted(f.shipper.contacts)[3] <= fenced

@@ -24,7 +24,7 @@ from boreal.types import (
     parse_lsn,
     wal_segment_start,
 )
-from compute_node.postgres import AFTER_IMAGES
+from compute_node.configuration import AFTER_IMAGES
 from tests.support.page_kinds import kind_of_relation
 from tests.support.stock_postgres import StockPostgres, stock_postgres
 

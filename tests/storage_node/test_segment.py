@@ -254,3 +254,21 @@ def test_a_log_starts_at_a_wal_segment(config: StorageConfig, start: int) -> Non
     facts = VolumeFacts(system_identifier=1, start=Lsn(start))
     with pytest.raises(MalformedRequest):
         Volumes(config).create(VolumeId("v"), Epoch(1), facts)
+
+
+# --- silence -----------------------------------------------------------------------------------
+
+
+def test_silence_counts_from_the_last_word_of_a_writer(tmp_path: Path) -> None:
+    now = [100.0]
+    layout = new_segment(tmp_path, START).layout
+    segment = Segment(layout, clock=lambda: now[0])
+    now[0] = 103.0
+    assert segment.writer_silent_s == 3.0  # before, it may have been heard by another process
+    segment.heard_writer(with_data=False, pgmrpl=0)
+    now[0] = 104.5
+    assert segment.writer_silent_s == 1.5
+    segment.fence(Epoch(5))
+    with pytest.raises(StaleEpoch):
+        segment.stage(1, START, b"", 0)
+    assert segment.writer_silent_s == 1.5

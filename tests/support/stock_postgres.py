@@ -61,8 +61,15 @@ def _initialized(engine: Engine) -> Path:
 class StockPostgres:
     """One cluster. Made by `stock_postgres`; `stop` and `start` may be called in between."""
 
-    def __init__(self, engine: Engine, home: Path, settings: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        home: Path,
+        settings: Mapping[str, str],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.engine = engine
+        self._environment = environment
         self.data = home / "data"
         self.socket_directory = home
         self._log = home / "postgres.log"
@@ -88,7 +95,7 @@ class StockPostgres:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [self.engine.tool("postgres"), "-D", self.data, *options],
-                env=self.engine.environment(),
+                env=self.engine.environment(self._environment),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -120,7 +127,7 @@ class StockPostgres:
         """Open a session in autocommit mode, as the superuser."""
         return psycopg.connect(
             host=str(self.socket_directory),
-            port=int(_PORT),
+            port=int(self._settings["port"]),
             user="postgres",
             dbname=database,
             autocommit=True,

@@ -88,7 +88,7 @@ class WalBuilder:
         return self.end
 
     def _append(self, record: bytes) -> None:
-        rest = record
+        rest = memoryview(record)  # else a long record would be copied once for each of its pages
         while rest:
             if self.end % PAGE_BYTES == 0:
                 self._page_header(len(rest), CONTRECORD)

@@ -13,7 +13,7 @@ from pathlib import Path
 from boreal.engine import Engine, find_engine
 from boreal.types import InstanceName, parse_lsn
 from compute_node.config import ComputeConfig
-from compute_node.postgres import write_configuration
+from compute_node.configuration import write_configuration
 from tests.support.stock_postgres import StockPostgres, stock_postgres
 
 _TRANSACTIONS = 1500

@@ -1,0 +1,49 @@
+"""The first bytes of a connection, as PostgreSQL reads them. Pure.
+
+Source: "Message Formats" in PostgreSQL's documentation (chapter 55), and libpq/pqcomm.h. Every
+first message is its length, these four bytes included, and a code, both big-endian.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import Enum
+
+HEAD_BYTES = 8
+"""A first message has at least these: its length and its code."""
+CANCEL_BYTES = 16
+"""All of a cancel request: then come a process number and a key."""
+DECLINED = b"N"
+"""The answer to a request for encryption that is not to be had."""
+
+_HEAD = struct.Struct("!II")
+_CANCEL = 80877102
+_ENCRYPTION = (80877103, 80877104)  # SSLRequest, GSSENCRequest
+
+
+class Greeting(Enum):
+    """What a client's first message asks for."""
+
+    ENCRYPTION = "encryption"
+    CANCEL = "cancel"
+    SESSION = "session"
+    """A session, or something only PostgreSQL can answer properly."""
+
+
+def greeting_of(first: bytes) -> Greeting:
+    """What a message with these first bytes is. Fewer than HEAD_BYTES are not understood here."""
+    if len(first) < HEAD_BYTES:
+        return Greeting.SESSION
+    length, code = _HEAD.unpack_from(first)
+    if length == HEAD_BYTES and code in _ENCRYPTION:
+        return Greeting.ENCRYPTION
+    if length == CANCEL_BYTES and code == _CANCEL:
+        return Greeting.CANCEL
+    return Greeting.SESSION
+
+
+def refusal(sqlstate: str, message: str) -> bytes:
+    """PostgreSQL's message for a session that does not come about (ErrorResponse, FATAL)."""
+    fields = (("S", "FATAL"), ("V", "FATAL"), ("C", sqlstate), ("M", message))
+    body = b"".join(f"{field}{value}".encode() + b"\0" for field, value in fields) + b"\0"
+    return b"E" + struct.pack("!I", 4 + len(body)) + body
