@@ -39,5 +39,5 @@ def test_a_minute_of_steady_load(tmp_path: Path) -> None:
     assert found["holds"]
     assert len(found["verdict"]["flatness"]) == 6
     assert found["verdict"]["tps_mean"] > 0
-    logs = [sample["disk_bytes"]["sn-1"]["log"] for sample in found["samples"]]
+    logs = [sample["log_mib"]["sn-1"] for sample in found["samples"]]
     assert min(logs) < max(logs), "nothing of the log was ever dropped"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from pathlib import Path
 
 from boreal.errors import NotMaterializable
@@ -101,3 +102,32 @@ async def settled(parts: Indexed) -> None:
                 return
             parts.compaction.wake()
             await asyncio.sleep(0.005)
+
+
+def history_volume(
+    directory: Path,
+    history: History,
+    redo: Redo | None = None,
+    *,
+    end: Lsn | None = None,
+    quiet_s: float = QUIET_S,
+) -> Indexed:
+    """A volume with the history's log, or with that up to `end`; nothing of it is indexed."""
+    segment = history_segment(directory, history)
+    append_history(segment, history, history.wal.end if end is None else end)
+    history_store(segment, history).close()
+    return open_history(segment, redo, quiet_s=quiet_s)
+
+
+async def run_or_die(parts: Indexed, finished: Awaitable[None]) -> bool:
+    """Let everything run until it has `finished`, or a write was the last; whether one was."""
+    ingest = asyncio.create_task(parts.ingest.run())
+    compaction = asyncio.create_task(parts.compaction.run())
+    end = asyncio.ensure_future(finished)
+    await asyncio.wait([compaction, end], timeout=WAIT_S, return_when=asyncio.FIRST_COMPLETED)
+    died = compaction.done()
+    assert died or end.done()
+    for task in (ingest, compaction, end):
+        task.cancel()
+    await asyncio.wait([ingest, compaction, end])
+    return died

@@ -27,7 +27,9 @@ from tests.storage_node.history_kit import (
     differences,
     history_segment,
     history_store,
+    history_volume,
     open_history,
+    run_or_die,
     settled,
 )
 from tests.storage_node.page_volume_kit import WAIT_S, Indexed, running
@@ -58,10 +60,7 @@ def parts(tmp_path: Path, history: History) -> Iterator[Indexed]:
 
 
 def _open(directory: Path, history: History, end: Lsn | None = None) -> Indexed:
-    segment = history_segment(directory, history)
-    append_history(segment, history, history.wal.end if end is None else end)
-    history_store(segment, history).close()
-    return open_history(segment, _Counting(), quiet_s=QUIET_S)
+    return history_volume(directory, history, _Counting(), end=end, quiet_s=QUIET_S)
 
 
 async def _until(condition: Callable[[], object]) -> None:
@@ -267,7 +266,7 @@ async def test_killed_at_any_write_it_continues(
     while killed:
         parts = open_history(segment, quiet_s=QUIET_S)
         was_settling = _die(parts.index, 1 + kills, durable=durable)
-        killed = await _killed(parts)
+        killed = await run_or_die(parts, _ended(parts))
         for state in history.states:
             if parts.index.lowest <= state.lsn <= parts.ingest.reached:
                 assert differences(parts, state) == [], f"at {state.lsn:X}"
@@ -277,20 +276,6 @@ async def test_killed_at_any_write_it_continues(
         parts.store.close()
     assert kills_of_settling > 2
     segment.close()
-
-
-async def _killed(parts: Indexed) -> bool:
-    """Let everything run until all is settled, or a write was the last."""
-    ingest = asyncio.create_task(parts.ingest.run())
-    compaction = asyncio.create_task(parts.compaction.run())
-    end = asyncio.create_task(_ended(parts))
-    await asyncio.wait([compaction, end], timeout=WAIT_S, return_when=asyncio.FIRST_COMPLETED)
-    killed = compaction.done()
-    assert killed or end.done()
-    for task in (ingest, compaction, end):
-        task.cancel()
-    await asyncio.wait([ingest, compaction, end])
-    return killed
 
 
 async def _ended(parts: Indexed) -> None:
