@@ -115,11 +115,10 @@ class Materializer:
         pages: list[bytes | None] = []
         for block, version in zip(blocks, view.versions(fork, blocks, lsn), strict=True):
             page = version.intact() if version is not None and block < size else None
-            if page is None:  # not that simple, or damaged, or there is none
+            if page is None and block < size:  # not that simple, or damaged
                 page = self.page(view, PageKey(fork, BlockNumber(block)), lsn)
-            else:
-                self.reads += 1
             pages.append(page)
+        self.reads += 1
         return pages
 
     def page(self, view: IndexView, page: PageKey, lsn: Lsn) -> bytes | None:
