@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from boreal.errors import NotMaterializable
+from boreal.errors import CorruptData, NotMaterializable
 from boreal.types import BlockNumber, Lsn, PageKey
 from boreal.wal import BlockRef, WalRecord
 from storage_node import settle
 from storage_node.entries import PAGE_KEY_BYTES
-from storage_node.index import IndexView, PageIndex
+from storage_node.index import IndexView, PageIndex, Tables
 from tests.storage_node.history import History, HistoryRedo, make_history
 from tests.storage_node.history_kit import (
     CHAIN_RECORDS,
@@ -89,6 +90,20 @@ def _pages(view: IndexView) -> Iterator[PageKey]:
             yield PageKey(fork, BlockNumber(block))
 
 
+def _read_as_stored(parts: Indexed) -> int:
+    """Pages of which a run's read takes the stored version, looking no further."""
+    found = 0
+    with parts.index.view() as view:
+        for fork, blocks in view.relations(view.indexed).items():
+            versions = view.versions(fork, range(blocks), view.indexed)
+            for block, version in enumerate(versions):
+                if version is not None and (content := version.intact()) is not None:
+                    page = PageKey(fork, BlockNumber(block))
+                    assert content == parts.materializer.page(view, page, view.indexed)
+                    found += 1
+    return found
+
+
 async def test_reading_what_is_settled_takes_no_redo(parts: Indexed, history: History) -> None:
     await _settle(parts, history.wal.end)
     redo = parts.materializer._redo
@@ -111,8 +126,33 @@ async def test_reading_what_is_settled_takes_no_redo(parts: Indexed, history: Hi
                 continue
     assert untouched > 50
     assert redo.applied == 0
+    assert _read_as_stored(parts) > 50
     for state in history.states[::5]:
         assert differences(parts, state) == [], f"at {state.lsn:X}"
+
+
+async def test_a_damaged_version_is_never_served(parts: Indexed, history: History) -> None:
+    """The log that the versions were made from is there still: the page is made from it."""
+    await _settle(parts, history.wal.end)
+    read = _read_as_stored(parts)
+
+    def flip_bits(transaction: Any, tables: Tables) -> None:
+        rows = list(transaction.cursor(tables.versions))
+        for key, stored in rows:
+            damaged = bytearray(stored)
+            damaged[-1] ^= 1
+            transaction.put(key, bytes(damaged), db=tables.versions)
+
+    await parts.index.change(flip_bits)
+    assert read > 50
+    assert _read_as_stored(parts) == 0
+    with parts.index.view() as view:
+        for fork, blocks in view.relations(view.indexed).items():
+            for block in range(blocks):
+                page = PageKey(fork, BlockNumber(block))
+                with suppress(NotMaterializable, CorruptData):
+                    (content,) = parts.materializer.pages(view, fork, [block], view.indexed)
+                    assert content == history.states[-1].page(page)
 
 
 async def test_a_page_is_left_to_the_last_layer_that_tells_of_it(
