@@ -28,14 +28,14 @@ class Noted:
         self.hot: list[bytes] = []
         self.hot_mask = 31
         self.ends: dict[bytes, int] = {}
-        self.clears: list[tuple[bytes, int]] = []
+        self.clears: list[tuple[bytes, int, int]] = []
 
     def first(self, key: bytes, end: int) -> None:
         assert key not in self.ends
         self.ends[key] = end
 
-    def cleared(self, key: bytes, start: int) -> None:
-        self.clears.append((key, start))
+    def cleared(self, key: bytes, start: int, bits: int) -> None:
+        self.clears.append((key, start, bits))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,8 @@ def test_both_ways_agree(log: ExercisedLog, chunk: int) -> None:
         for effect in effects(record):
             assert isinstance(effect, VisibilityCleared)
             heap = effect.page.relation
-            clears.append((RAW_KEY.pack(*heap[:3], effect.heap_block), record.start))
+            key = RAW_KEY.pack(*heap[:3], effect.heap_block)
+            clears.append((key, record.start, effect.bits))
     assert noted.pages == expected
     assert noted.ends == ends
     assert noted.clears == clears
