@@ -26,8 +26,9 @@ LAYER_LOG_BYTES: Final = 16 * 1024 * 1024
 LAYER_PAGES: Final = 65_536
 """A layer is full at so much log (or less: see PageIndex) or so many pages.
 
-In memory a page takes about 250 bytes and an entry 40, and a record is hardly ever smaller than 50
-bytes: 32 MiB at most, map clears included. Of one volume two layers are in memory at a time, an open and a frozen one.
+In memory a page takes about 250 bytes and an entry 40, a map clear included, and a record is hardly
+ever smaller than 50 bytes: 32 MiB at most. Of one volume two layers are in memory at a time, an
+open and a frozen one.
 """
 _MAP_FORK: Final = bytes((Fork.VM,))
 _MAP_CLEAR: Final = int(Kind.MAP_CLEAR)
