@@ -79,6 +79,12 @@ class OpenLayer:
         pages = len(self.pages) + len(self._aside)
         return pages >= LAYER_PAGES or self.end - self.begin >= self._log_bytes
 
+    @property
+    def half_full(self) -> bool:
+        """Whether it will soon be full."""
+        pages = len(self.pages) + len(self._aside)
+        return pages >= LAYER_PAGES // 2 or self.end - self.begin >= self._log_bytes // 2
+
     def entries(self, raw: bytes) -> list[int]:
         """The page's entries, ascending. Not to be changed."""
         entries = self.pages.get(raw, [])

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from boreal.errors import CorruptWal
+from boreal.pages.visibility import VALID_BITS
 from boreal.types import Fork, Lsn
 from boreal.wal import HeapInfo, Rmgr, VisibilityCleared, WalDecoder, WalRecord, effects
 from boreal.wal.touches import RAW_KEY, TouchDecoder
@@ -158,4 +159,5 @@ def test_an_insertion_clears_by_its_first_flag_only(flags: int) -> None:
     start, _ = wal.add(Rmgr.HEAP, HeapInfo.INSERT, body(*_insert(4, flags)))
     noted, parsed = _read(bytes(wal.data), wal.start, chunk=8192)
     assert len(parsed) == 1
-    assert noted.clears == ([(RAW_KEY.pack(1663, 5, 9, 4), start)] if flags & 1 else [])
+    cleared = [(RAW_KEY.pack(1663, 5, 9, 4), int(start), VALID_BITS)]
+    assert noted.clears == (cleared if flags & 1 else [])
