@@ -204,7 +204,9 @@ class Compaction:
         if not self._counted:
             await self._count_anew()
             self._counted = True
-        if self._settling.quiet or time.monotonic() >= self._shorten_at:
+        # A frozen layer still has what spares map pages the log (storage_node.map_clears).
+        due = self._index.frozen is not None or time.monotonic() >= self._shorten_at
+        if due or self._settling.quiet:
             await self._shorten()
             self._shorten_at = time.monotonic() + BUSY_PAUSE_S
         await self._retire()
