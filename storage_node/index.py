@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import struct
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from storage_node.entries import fork_key, page_key, part_of_fork, raw_key, raw_
 from storage_node.facts import FACT_TABLES, Facts, FactView, Ground, initial_sizes
 from storage_node.layer import LAYER_LOG_BYTES, OpenLayer
 from storage_node.layer_file import SUFFIX, LayerImage, SealedLayer, layer_path
+from storage_node.map_clears import MapClears
 from storage_node.page_store import MAP_BYTES, Imported
 from storage_node.versions import Version, delete_older, last_version, lsn_of_row
 
@@ -121,8 +123,14 @@ class IndexView:
         for memory in self._memory:
             found += memory.entries(raw)
         if found and (found[0] < since or found[-1] >= until):
-            found = [entry for entry in found if since <= entry < until]
+            found = found[bisect_left(found, since) : bisect_left(found, until)]
         return found
+
+    def clears(self, page: PageKey) -> tuple[MapClears, ...]:
+        """What the layers in memory know of the page's MAP_CLEAR entries; no need to be all."""
+        raw = raw_key(page)
+        known = (memory.clears(raw) for memory in self._memory)
+        return tuple(clears for clears in known if clears is not None)
 
 
 class Tables(NamedTuple):

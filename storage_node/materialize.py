@@ -9,7 +9,15 @@ import structlog
 
 from boreal.errors import CorruptData, CorruptWal, NotMaterializable, RedoFailed
 from boreal.pages import visibility
-from boreal.types import PAGE_BYTES, BlockNumber, Lsn, PageKey, RelationFork, format_lsn
+from boreal.types import (
+    PAGE_BYTES,
+    BlockNumber,
+    Fork,
+    Lsn,
+    PageKey,
+    RelationFork,
+    format_lsn,
+)
 from boreal.wal import (
     BlockRef,
     RelationTruncated,
@@ -21,6 +29,7 @@ from boreal.wal import (
 from storage_node.entries import Kind, kind_of, page_key, start_of
 from storage_node.facts import Ground
 from storage_node.index import IndexView
+from storage_node.map_clears import MapClears
 from storage_node.redo import Redo, Step
 from storage_node.versions import Version
 
@@ -38,7 +47,7 @@ class Path:
     Holds all it takes but the log, so that it may be walked in several turns of the event loop.
     """
 
-    __slots__ = ("content", "end", "entries", "key", "limit", "lsn", "next", "page")
+    __slots__ = ("clears", "content", "end", "entries", "key", "limit", "lsn", "next", "page")
 
     def __init__(
         self,
@@ -50,6 +59,7 @@ class Path:
         content: bytes,
         end: Lsn,
         entries: list[int],
+        clears: tuple[MapClears, ...],
     ) -> None:
         self.page = page
         self.key = key
@@ -61,6 +71,7 @@ class Path:
         """The page at `end`: after every record of it that ends at or below."""
         self.end = end
         self.entries = entries
+        self.clears = clears
         self.next = 0
         """The first entry not yet applied."""
 
@@ -152,7 +163,16 @@ class Materializer:
             content, end = self._beneath(view, page, version, ground)
             if end != since:
                 entries = view.entries(page, end, lsn)
-        path = Path(page, key, lsn, view.indexed, content=content, end=end, entries=entries[first:])
+        path = Path(
+            page,
+            key,
+            lsn,
+            view.indexed,
+            content=content,
+            end=end,
+            entries=entries[first:],
+            clears=view.clears(page) if page.relation.fork is Fork.VM else (),
+        )
         self.longest_chain = max(self.longest_chain, path.length)
         return path
 
@@ -188,6 +208,8 @@ class Materializer:
             return
         content = bytearray(path.content)
         while path.next < until:
+            if path.clears and _clear_as_noted(content, path, until):
+                continue
             end = self._apply(content, path, path.entries[path.next])
             if end > path.lsn:
                 del path.entries[path.next :]
@@ -275,6 +297,22 @@ class Materializer:
         self._cache[place] = (content, end)
         if len(self._cache) > self._cached_pages:
             self._cache.popitem(last=False)
+
+
+def _clear_as_noted(content: bytearray, path: Path, until: int) -> bool:
+    """Apply entries, short of `until`, that can be without the log; whether there were any.
+
+    Where their records end is not known then, but they do before the page's next one begins. So the
+    last entry is not among them: only the log tells whether its record ends below the LSN wanted.
+    """
+    begin = path.next
+    until = min(until, len(path.entries) - 1)
+    for clears in path.clears:
+        path.next = clears.apply(content, path.entries, path.next, until)
+    if path.next == begin:
+        return False
+    path.end = start_of(path.entries[path.next])
+    return True
 
 
 def _unknown(page: PageKey, start: Lsn) -> NotMaterializable:
