@@ -4,6 +4,8 @@ PYTHON ?= python3
 SEEDS  ?= 1,2,3,4,5,6,7,8,9,10
 MINUTES ?= 30
 VENV   := .venv
+# Tests that take the machine for themselves, and one that lists what it met.
+ALONE  := tests/storage_node/redo/test_oracle.py tests/cluster tests/bench
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
@@ -24,8 +26,13 @@ up: setup          ## start a cluster (ARGS="--port N --data-dir DIR")
 down: setup        ## stop it
 	@$(BIN)/boreal down $(ARGS)
 
-test: setup        ## every test (ARGS="tests/quorum -k name")
+test: setup        ## every test, or some (ARGS="tests/quorum -k name")
+ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
+else
+	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(addprefix --ignore=,$(ALONE))
+	@$(BIN)/python -m pytest $(ALONE)
+endif
 
 check: setup       ## format, lint, types, imports, stubs
 	@$(BIN)/ruff format --check --quiet .

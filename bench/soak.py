@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import click
 import psutil
@@ -32,12 +33,15 @@ from boreal.errors import BorealError
 
 FLATNESS = 0.20
 """How far a node's size may be from its mean, as a part of it."""
+KEPT = 90
+"""Samples that go into the file."""
 _GRACE_S = 60.0
 _PROGRESS = re.compile(
     r"^progress: (?P<epoch_s>[\d.]+) s, (?P<tps>[\d.]+) tps, lat (?P<latency_ms>[\d.]+|NaN) ms"
     r"(?:.*, (?P<failed>\d+) failed)?"
 )
 _NODE = re.compile(r"sn-\d+")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +74,16 @@ class Sample:
     def node_bytes(self, node: str) -> int:
         """All that a node takes."""
         return sum(self.disk_bytes[node].values())
+
+    def record(self) -> dict[str, object]:
+        """What is worth keeping of it."""
+        return {
+            "at_s": round(self.at_s, 1),
+            "disk_mib": {node: self.node_bytes(node) >> 20 for node in self.disk_bytes},
+            "log_mib": {node: parts.get("log", 0) >> 20 for node, parts in self.disk_bytes.items()},
+            "anonymous_mib": {name: size >> 20 for name, size in self.anonymous_bytes.items()},
+            "backlog_bytes": self.backlog_bytes,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +130,12 @@ class Verdict:
 
 
 # --- judging: pure -------------------------------------------------------------------------------
+
+
+def thinned(items: Sequence[_T], most: int = KEPT) -> Sequence[_T]:
+    """At most `most` of them, evenly spread, the last one among them."""
+    step = -(-len(items) // most) or 1
+    return items[::-1][::step][::-1]
 
 
 def judge(
@@ -423,7 +443,9 @@ def main(
             "up_options": options,
             "holds": verdict.holds,
             "verdict": asdict(verdict),
-            **asdict(found),
+            "errors": found.errors,
+            "samples": [sample.record() for sample in thinned(found.samples)],
+            "throughput": [asdict(line) for line in thinned(found.throughput)],
         }
         path = write_result(results, "soak", content)
     for line in summary(verdict):

@@ -48,7 +48,6 @@ from boreal.errors import BadUsage, BorealError, Internal, MalformedRequest, Not
 from boreal.types import BlockNumber, Epoch, Lsn, PageKey, RelationFork, format_lsn
 from compute_node.losses import Losses
 from compute_node.page_protocol import (
-    MAX_WINDOW,
     REQUEST_BYTES,
     Operation,
     Outcome,
@@ -57,15 +56,20 @@ from compute_node.page_protocol import (
     answer,
     answer_pages,
 )
-from compute_node.prefetch import ReadAhead
+from compute_node.prefetch import MAX_FETCH, ReadAhead
 from compute_node.shim import MAX_SOCKET_PATH_BYTES
 
 MAX_UNDER_WAY = 64
 """Requests for pages under way to storage at a time; more wait their turn."""
 ANSWER_WITHIN_S = 45.0
 """Bound on one answer, all waiting included. The shim itself gives up after 60 s."""
-AHEAD_PAGES = 2 * MAX_WINDOW
-"""How far the agent fetches ahead of a sequential reader, beyond what that has asked for."""
+AHEAD_PAGES = 3 * MAX_FETCH
+"""How far the agent fetches ahead of a sequential reader at most, beyond what that has asked for.
+
+Enough for two nodes to be at work while PostgreSQL consumes a third run."""
+STEADY_PAGES = 32
+"""Who asks for so many at once is taken for one who goes on: a worker of a parallel scan reads as
+many before it jumps, in a table of 300 MB."""
 
 _BACKLOG = 1024
 _EPOCH_REFRESHES = 3
@@ -274,14 +278,14 @@ class PageService:
         if not self._cuts.left(run):
             return [None] * run.blocks
         if run.blocks > 1:  # a sequential reader: the next window while it consumes this one
-            following = BlockNumber(run.first + run.blocks)
-            ahead = Run(run.fork, following, min(2 * run.blocks, AHEAD_PAGES))
-            self._ahead.want(ahead, request.lsn, request.losses)
+            self._ahead.want(_ahead_of(run), request.lsn, request.losses)
         if pages := await self._ahead.take(run):
             self.counters.ahead += 1
         else:
             pages = await self._asked_for(run, request.lsn)
         left = self._cuts.left(run)  # now: it may have been cut while we waited
+        if left >= len(pages):
+            return pages
         return [page if position < left else None for position, page in enumerate(pages)]
 
     async def _asked_for(self, run: Run, lsn: Lsn) -> list[bytes | None]:
@@ -349,6 +353,15 @@ class PageService:
     def disconnected(self, connection: _Connection) -> None:
         """It has gone."""
         self._connections.discard(connection)
+
+
+def _ahead_of(run: Run) -> Run:
+    """What to fetch while PostgreSQL consumes the run."""
+    first = run.first + run.blocks
+    if run.blocks < STEADY_PAGES:
+        return Run(run.fork, BlockNumber(first), 2 * run.blocks)
+    end = first + AHEAD_PAGES
+    return Run(run.fork, BlockNumber(first), end - end % MAX_FETCH - first)
 
 
 class _Connection(asyncio.Protocol):

@@ -10,8 +10,12 @@ import structlog
 
 from boreal.errors import BorealError
 from boreal.types import BlockNumber, Lsn, PageKey, RelationFork
-from compute_node.page_protocol import MAX_WINDOW, Run
+from compute_node.page_protocol import Run
 
+MAX_FETCH = 128
+"""Pages of one fetch at most, one message of a node: a message costs as much as a dozen pages,
+however few it carries. Fetches end where block numbers are multiples of it, so that readers who
+want overlapping runs want the same fetches."""
 CAPACITY_PAGES = 4096
 """What is kept and what is under way, together: 32 MiB. The oldest make room."""
 AT_ONCE = 16
@@ -91,8 +95,9 @@ class ReadAhead:
             if (fetched := known.get(first)) is not None and self._is_current(fetched):
                 first = BlockNumber(fetched.run.first + fetched.run.blocks)
                 continue
+            longest = min(MAX_FETCH - first % MAX_FETCH, end - first)
             count = 1
-            while count < min(MAX_WINDOW, end - first) and first + count not in known:
+            while count < longest and first + count not in known:
                 count += 1
             self._start(Run(run.fork, first, count), lsn, losses)
             first = BlockNumber(first + count)
@@ -186,7 +191,7 @@ class ReadAhead:
 
 
 def _runs(keys: Sequence[PageKey]) -> Iterator[Run]:
-    """The ordered keys as runs of at most MAX_WINDOW blocks."""
+    """The ordered keys as runs of at most MAX_FETCH blocks."""
     start = 0
     for position in range(1, len(keys) + 1):
         first, last = keys[start], keys[position - 1]
@@ -195,7 +200,7 @@ def _runs(keys: Sequence[PageKey]) -> Iterator[Run]:
             if (
                 following.relation == first.relation
                 and following.block - last.block <= 1 + _GAP_BLOCKS
-                and following.block - first.block < MAX_WINDOW
+                and following.block - first.block < MAX_FETCH
             ):
                 continue
         yield Run(first.relation, first.block, last.block - first.block + 1)

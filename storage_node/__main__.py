@@ -68,7 +68,7 @@ async def serve(config: StorageConfig, start_pages: Callable[[], PageProcess]) -
         asyncio.get_running_loop().add_signal_handler(number, finished.set)
     volumes = Volumes(config)
     membership = Membership()
-    pages = PageSupervisor(start_pages)
+    pages = PageSupervisor(config.name, start_pages)
     catch_up = CatchUp(volumes, membership, pages.notify)
     appends = AppendHandler(volumes, pages.notify, config.pressure)
 

@@ -39,6 +39,12 @@ CANDIDATES: Final = 100_000
 BUSY_LOOKS: Final = 8
 """So often a page comes up before it gets a version while the log grows: with chains of 64 it is
 256 records behind then, a few milliseconds for whoever reads it."""
+BUSY_PAUSE_S: Final = 1.0
+"""Between two rounds of giving versions while the log grows. A page that is hot comes up in each,
+and what a round stores is a commit of its own."""
+_SEAL_PAUSE_S: Final = 0.02
+"""Between two steps of sealing, while there is time: all nodes have a full layer at the same log,
+and where they share a machine commits would wait for six of them at once."""
 _RETRY_S = 1.0
 _HELD_S = 30.0
 """Before retirement that met what it must not pass tries again."""
@@ -87,7 +93,8 @@ class Compaction:
     No chain grows past `chain_records`, except for the moments until this task gets to it: a page
     is looked at whenever the open layer has half as many new records of it, and when the sealed
     ones may have, and gets a version if it is that many behind its last. While the log keeps
-    growing commits come first, so that is put off until the page is `BUSY_LOOKS` times as far.
+    growing commits come first, so that is put off until the page is `BUSY_LOOKS` times as far, and
+    done every `BUSY_PAUSE_S`.
     """
 
     def __init__(
@@ -122,6 +129,7 @@ class Compaction:
         self._frozen = asyncio.Event()
         self._waiting = 0
         self._counted = False
+        self._shorten_at = 0.0
         self._retire_at = 0.0
         self.held = ""
         """Why no log is retired; empty in health."""
@@ -170,7 +178,8 @@ class Compaction:
     def idle(self) -> bool:
         """Whether there is nothing to do for the moment."""
         waiting = self._waiting == _TASKS and not self._awake.is_set()
-        return waiting and not self._frozen.is_set() and not self._candidates
+        nothing_due = not self._frozen.is_set() and not self._index.layer.hot
+        return waiting and nothing_due and not self._candidates
 
     @property
     def unsettled(self) -> int:
@@ -184,7 +193,7 @@ class Compaction:
         self._consider(page_key(page_of(raw)) for raw in frozen.hot)
         image = LayerImage(frozen)
         for _ in image.steps():
-            await asyncio.sleep(0)
+            await asyncio.sleep(0 if self._index.layer.half_full else _SEAL_PAUSE_S)
         await self._index.seal(image)
         self._on_sealed()
         await self._count(self._index.layers[-1])
@@ -195,9 +204,13 @@ class Compaction:
         if not self._counted:
             await self._count_anew()
             self._counted = True
-        await self._shorten()
+        # A frozen layer still has what spares map pages the log (storage_node.map_clears).
+        due = self._index.frozen is not None or time.monotonic() >= self._shorten_at
+        if due or self._settling.quiet:
+            await self._shorten()
+            self._shorten_at = time.monotonic() + BUSY_PAUSE_S
         await self._retire()
-        return bool(self._index.layer.hot) or await self._settling.run()
+        return await self._settling.run()
 
     def _consider(self, keys: Iterable[bytes]) -> None:
         candidates = self._candidates

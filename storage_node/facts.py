@@ -164,6 +164,14 @@ class FactView:
             return Ground(Lsn(at), PageKey(_moved(fork, source), block))
         return Ground(Lsn(cut)) if cut else Ground(self._imported_lsn, imported=True)
 
+    def latest_ground(self, fork: RelationFork, lsn: int) -> int:
+        """No page of the fork has a newer ground as of `lsn` than one at this LSN."""
+        cut = self._cuts.last(fork_key(fork), lsn)
+        event = self._database_event(fork.tablespace, fork.database, lsn)
+        return max(
+            self._imported_lsn, 0 if cut is None else cut[0], 0 if event is None else event[0]
+        )
+
     def relations(self, lsn: int) -> dict[RelationFork, int]:
         """Every fork that exists at `lsn`, with its size in blocks."""
         keys = self._sizes.keys(b"", DATABASE_KEY_BYTES) | self._databases.keys(

@@ -20,7 +20,8 @@ from __future__ import annotations
 import asyncio
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,10 +34,11 @@ import structlog
 from boreal.errors import CorruptData
 from boreal.types import Lsn, PageKey, RelationFork, format_lsn
 from storage_node.config import CHAIN_RECORDS, RETAIN_LOG_BYTES
-from storage_node.entries import page_key, raw_key
+from storage_node.entries import fork_key, page_key, part_of_fork, raw_key, raw_key_of
 from storage_node.facts import FACT_TABLES, Facts, FactView, Ground, initial_sizes
 from storage_node.layer import LAYER_LOG_BYTES, OpenLayer
 from storage_node.layer_file import SUFFIX, LayerImage, SealedLayer, layer_path
+from storage_node.map_clears import MapClears
 from storage_node.page_store import MAP_BYTES, Imported
 from storage_node.versions import Version, delete_older, last_version, lsn_of_row
 
@@ -85,23 +87,50 @@ class IndexView:
         """The newest version at or below `lsn` of the page `key` (storage_node.entries)."""
         return last_version(self._versions, key, lsn)
 
+    def versions(self, fork: RelationFork, blocks: Iterable[int], lsn: int) -> list[Version | None]:
+        """For each block its version, if that is all there is to know of the page as of `lsn`: no
+        record came after it, nor what voids it. None: look closer.
+
+        CorruptData as `entries`.
+        """
+        ground = self.facts.latest_ground(fork, lsn)
+        disk, memory = fork_key(fork), part_of_fork(fork)
+        found: list[Version | None] = []
+        for block in blocks:
+            key = disk + block.to_bytes(4, "big")
+            version = last_version(self._versions, key, lsn)
+            if version is not None and (
+                version.lsn < ground
+                or self._entries(key, raw_key_of(memory, block), version.lsn, lsn)
+            ):
+                version = None
+            found.append(version)
+        return found
+
     def entries(self, page: PageKey, since: int, until: int) -> list[int]:
         """The page's entries whose records begin in [since, until), ascending.
 
         CorruptData if a layer that would tell is damaged.
         """
+        return self._entries(page_key(page), raw_key(page), since, until)
+
+    def _entries(self, key: bytes, raw: bytes, since: int, until: int) -> list[int]:
         found: list[int] = []
-        key = page_key(page)
         crc = google_crc32c.value(key)
         for layer in self._layers:
             if layer.end > since and layer.begin < until:
                 found += layer.entries(key, crc)
-        raw = raw_key(page)
         for memory in self._memory:
             found += memory.entries(raw)
         if found and (found[0] < since or found[-1] >= until):
-            found = [entry for entry in found if since <= entry < until]
+            found = found[bisect_left(found, since) : bisect_left(found, until)]
         return found
+
+    def clears(self, page: PageKey) -> tuple[MapClears, ...]:
+        """What the layers in memory know of the page's MAP_CLEAR entries; no need to be all."""
+        raw = raw_key(page)
+        known = (memory.clears(raw) for memory in self._memory)
+        return tuple(clears for clears in known if clears is not None)
 
 
 class Tables(NamedTuple):

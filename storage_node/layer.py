@@ -20,13 +20,15 @@ from storage_node.entries import (
     raw_key_of,
 )
 from storage_node.facts import Facts
+from storage_node.map_clears import MapClears
 
 LAYER_LOG_BYTES: Final = 16 * 1024 * 1024
 LAYER_PAGES: Final = 65_536
 """A layer is full at so much log (or less: see PageIndex) or so many pages.
 
-In memory a page takes about 250 bytes and an entry 40, and a record is hardly ever smaller than 50
-bytes: 32 MiB at most. Of one volume two layers are in memory at a time, an open and a frozen one.
+In memory a page takes about 250 bytes and an entry 40, a map clear included, and a record is hardly
+ever smaller than 50 bytes: 32 MiB at most. Of one volume two layers are in memory at a time, an
+open and a frozen one.
 """
 _MAP_FORK: Final = bytes((Fork.VM,))
 _MAP_CLEAR: Final = int(Kind.MAP_CLEAR)
@@ -66,6 +68,7 @@ class OpenLayer:
         self.hot: list[bytes] = []
         self.hot_mask = hot_at - 1
         self.facts = Facts()
+        self._clears: dict[bytes, MapClears] = {}
         self._aside: dict[bytes, list[int]] = {}
         self._forks: dict[bytes, _OpenFork] = {}
         self._size_of = size_of
@@ -76,11 +79,21 @@ class OpenLayer:
         pages = len(self.pages) + len(self._aside)
         return pages >= LAYER_PAGES or self.end - self.begin >= self._log_bytes
 
+    @property
+    def half_full(self) -> bool:
+        """Whether it will soon be full."""
+        pages = len(self.pages) + len(self._aside)
+        return pages >= LAYER_PAGES // 2 or self.end - self.begin >= self._log_bytes // 2
+
     def entries(self, raw: bytes) -> list[int]:
         """The page's entries, ascending. Not to be changed."""
         entries = self.pages.get(raw, [])
         aside = self._aside.get(raw) if self._aside else None
         return entries if aside is None else aside + entries
+
+    def clears(self, raw: bytes) -> MapClears | None:
+        """What spares a look at the log for some entries of a map page."""
+        return self._clears.get(raw)
 
     # --- plain records (boreal.wal.touches) ----------------------------------------------------
 
@@ -92,10 +105,15 @@ class OpenLayer:
         if block >= fork.size:
             self._resize(fork, end, block + 1)
 
-    def cleared(self, key: bytes, start: int) -> None:
+    def cleared(self, key: bytes, start: int, bits: int) -> None:
         """See `Touches.cleared`."""
-        number = int.from_bytes(key[12:], "little") // visibility.HEAP_BLOCKS_PER_PAGE
+        heap_block = int.from_bytes(key[12:], "little")
+        number = heap_block // visibility.HEAP_BLOCKS_PER_PAGE
         raw = key[:12] + number.to_bytes(4, "little") + _MAP_FORK
+        clears = self._clears.get(raw)
+        if clears is None:
+            clears = self._clears[raw] = MapClears()
+        clears.note(start, heap_block, bits)
         entries = self.pages.get(raw)
         if entries is None:
             self._note(raw, start | Kind.MAP_CLEAR)
@@ -158,6 +176,7 @@ class OpenLayer:
         for raw, entries in self.pages.items():
             self._aside.setdefault(raw, []).extend(entries)
         self.pages.clear()
+        self._clears.clear()
         self._forks.clear()
         for raw, entries in list(self._aside.items()):
             while entries and entries[-1] >= self.end:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 
 from boreal.errors import CorruptData, CorruptWal, NotMaterializable, RedoFailed
 from boreal.pages import visibility
-from boreal.types import PAGE_BYTES, Lsn, PageKey, format_lsn
+from boreal.types import (
+    PAGE_BYTES,
+    BlockNumber,
+    Fork,
+    Lsn,
+    PageKey,
+    RelationFork,
+    format_lsn,
+)
 from boreal.wal import (
     BlockRef,
     RelationTruncated,
@@ -21,6 +29,7 @@ from boreal.wal import (
 from storage_node.entries import Kind, kind_of, page_key, start_of
 from storage_node.facts import Ground
 from storage_node.index import IndexView
+from storage_node.map_clears import MapClears
 from storage_node.redo import Redo, Step
 from storage_node.versions import Version
 
@@ -38,7 +47,7 @@ class Path:
     Holds all it takes but the log, so that it may be walked in several turns of the event loop.
     """
 
-    __slots__ = ("content", "end", "entries", "key", "limit", "lsn", "next", "page")
+    __slots__ = ("clears", "content", "end", "entries", "key", "limit", "lsn", "next", "page")
 
     def __init__(
         self,
@@ -50,6 +59,7 @@ class Path:
         content: bytes,
         end: Lsn,
         entries: list[int],
+        clears: tuple[MapClears, ...],
     ) -> None:
         self.page = page
         self.key = key
@@ -61,6 +71,7 @@ class Path:
         """The page at `end`: after every record of it that ends at or below."""
         self.end = end
         self.entries = entries
+        self.clears = clears
         self.next = 0
         """The first entry not yet applied."""
 
@@ -104,6 +115,23 @@ class Materializer:
         self.longest_chain = 0
         """The most records that lay between a page asked for and its base. Set it back at will."""
 
+    def pages(
+        self, view: IndexView, fork: RelationFork, blocks: Sequence[int], lsn: Lsn
+    ) -> list[bytes | None]:
+        """Several pages of a fork as of `lsn`. Raises as `page` does.
+
+        Quick where a stored version is all it takes.
+        """
+        size = view.size(fork, lsn) or 0
+        pages: list[bytes | None] = []
+        for block, version in zip(blocks, view.versions(fork, blocks, lsn), strict=True):
+            page = version.intact() if version is not None and block < size else None
+            if page is None and block < size:  # not that simple, or damaged
+                page = self.page(view, PageKey(fork, BlockNumber(block)), lsn)
+            pages.append(page)
+        self.reads += 1
+        return pages
+
     def page(self, view: IndexView, page: PageKey, lsn: Lsn) -> bytes | None:
         """The page as of `lsn`; None if its fork is absent or shorter then.
 
@@ -135,7 +163,16 @@ class Materializer:
             content, end = self._beneath(view, page, version, ground)
             if end != since:
                 entries = view.entries(page, end, lsn)
-        path = Path(page, key, lsn, view.indexed, content=content, end=end, entries=entries[first:])
+        path = Path(
+            page,
+            key,
+            lsn,
+            view.indexed,
+            content=content,
+            end=end,
+            entries=entries[first:],
+            clears=view.clears(page) if page.relation.fork is Fork.VM else (),
+        )
         self.longest_chain = max(self.longest_chain, path.length)
         return path
 
@@ -171,6 +208,8 @@ class Materializer:
             return
         content = bytearray(path.content)
         while path.next < until:
+            if path.clears and _clear_as_noted(content, path, until):
+                continue
             end = self._apply(content, path, path.entries[path.next])
             if end > path.lsn:
                 del path.entries[path.next :]
@@ -258,6 +297,22 @@ class Materializer:
         self._cache[place] = (content, end)
         if len(self._cache) > self._cached_pages:
             self._cache.popitem(last=False)
+
+
+def _clear_as_noted(content: bytearray, path: Path, until: int) -> bool:
+    """Apply entries, short of `until`, that can be without the log; whether there were any.
+
+    Where their records end is not known then, but they do before the page's next one begins. So the
+    last entry is not among them: only the log tells whether its record ends below the LSN wanted.
+    """
+    begin = path.next
+    until = min(until, len(path.entries) - 1)
+    for clears in path.clears:
+        path.next = clears.apply(content, path.entries, path.next, until)
+    if path.next == begin:
+        return False
+    path.end = start_of(path.entries[path.next])
+    return True
 
 
 def _unknown(page: PageKey, start: Lsn) -> NotMaterializable:

@@ -200,10 +200,19 @@ def pack_page(key: bytes, page: bytes) -> bytes:
 
 def unpack_page(key: bytes, stored: bytes, what: str) -> bytes:
     """The page `pack_page` stored; CorruptData, which calls it `what`, if it is not that."""
-    if len(stored) >= _PAGE_HEAD.size:
-        crc, hole_offset, hole_length = _PAGE_HEAD.unpack_from(stored)
-        split = _PAGE_HEAD.size + hole_offset
-        restored = stored[_PAGE_HEAD.size : split] + bytes(hole_length) + stored[split:]
-        if len(restored) == PAGE_BYTES and google_crc32c.value(key + restored) == crc:
-            return restored
-    raise CorruptData(f"{what} does not match its checksum")
+    page = sound_page(key, stored)
+    if page is None:
+        raise CorruptData(f"{what} does not match its checksum")
+    return page
+
+
+def sound_page(key: bytes, stored: bytes) -> bytes | None:
+    """The page `pack_page` stored; None if it is not that."""
+    if len(stored) < _PAGE_HEAD.size:
+        return None
+    crc, hole_offset, hole_length = _PAGE_HEAD.unpack_from(stored)
+    split = _PAGE_HEAD.size + hole_offset
+    page = b"".join((stored[_PAGE_HEAD.size : split], bytes(hole_length), stored[split:]))
+    if len(page) != PAGE_BYTES:
+        return None
+    return page if google_crc32c.extend(google_crc32c.value(key), page) == crc else None

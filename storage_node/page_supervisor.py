@@ -8,14 +8,17 @@ from typing import Protocol
 
 import structlog
 
+from boreal.types import NodeName
+
 _POLL_SECONDS = 0.2
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 10.0
 _HEALTHY_SECONDS = 30.0
 """One that lived so long did not fail at its start: begin with the short pause again."""
-_NOTIFY_DELAY_SECONDS = 0.2
+TURN_SECONDS = 0.2
 """Appends within it wake the page process once. The index may be that much behind: whoever waits
 for a page asks for it there, which wakes it, too."""
+_GOLDEN_RATIO = 0.618034
 
 _log = structlog.get_logger(__name__)
 
@@ -41,10 +44,22 @@ class PageProcess(Protocol):
         ...
 
 
+def until_turn(name: NodeName, now: float) -> float:
+    """Seconds until the node's page process may be woken, `now` being the machine's clock.
+
+    All nodes get an append at the same moment. Where they share a machine they would all index it
+    at the same moment too, and commits would wait for six processes at once. So each has its turn;
+    the golden ratio keeps the turns of names in sequence apart, however many there are.
+    """
+    share = sum(name.encode()) * _GOLDEN_RATIO % 1
+    return TURN_SECONDS - (now - share * TURN_SECONDS) % TURN_SECONDS
+
+
 class PageSupervisor:
     """The one owner of the page process: starts it, and again when it died, ever more slowly."""
 
-    def __init__(self, start: Callable[[], PageProcess]) -> None:
+    def __init__(self, name: NodeName, start: Callable[[], PageProcess]) -> None:
+        self._name = name
         self._start = start
         self._process: PageProcess | None = None
         self._notifying = False
@@ -58,7 +73,8 @@ class PageSupervisor:
         """The log grew, or volumes came or went. Cheap."""
         if not self._notifying:
             self._notifying = True
-            asyncio.get_running_loop().call_later(_NOTIFY_DELAY_SECONDS, self._notify)
+            loop = asyncio.get_running_loop()
+            loop.call_later(until_turn(self._name, loop.time()), self._notify)
 
     def _notify(self) -> None:
         self._notifying = False

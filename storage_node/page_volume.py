@@ -18,7 +18,7 @@ from boreal.errors import (
     UnknownVolume,
     VolumeMismatch,
 )
-from boreal.types import BlockNumber, Epoch, Lsn, PageKey, RelationFork, VolumeId, format_lsn
+from boreal.types import Epoch, Lsn, RelationFork, VolumeId, format_lsn
 from storage_node.compaction import Compaction
 from storage_node.config import StorageConfig, VolumeLayout
 from storage_node.index import PageIndex
@@ -168,11 +168,10 @@ class PageVolume:
 
     def pages(self, fork: RelationFork, blocks: Sequence[int], lsn: Lsn) -> list[bytes | None]:
         """Pages as of `lsn`, which `wait_for` has seen reached; None where there is no block."""
-        keys = [PageKey(fork, BlockNumber(block)) for block in blocks]
         made = self._made()
         _check_not_below(made.index, self.volume, lsn)
         with made.index.view() as view:
-            return [made.materializer.page(view, key, lsn) for key in keys]
+            return made.materializer.pages(view, fork, blocks, lsn)
 
     def relations(self, lsn: Lsn) -> dict[RelationFork, int]:
         """Every fork that exists as of `lsn`, with its blocks."""

@@ -21,7 +21,7 @@ from boreal.errors import CorruptData, NotMaterializable
 from boreal.types import Lsn, PageKey, format_lsn
 from storage_node.entries import PAGE_KEY_BYTES
 from storage_node.facts import seek_last
-from storage_node.page_store import pack_page, unpack_page
+from storage_node.page_store import pack_page, sound_page
 
 _LSN = struct.Struct(">Q")
 _REFUSAL = struct.Struct("<IHHQ")
@@ -46,20 +46,26 @@ class Version(NamedTuple):
     @property
     def sound(self) -> bool:
         """Whether it is what was stored, be it a page or a refusal."""
-        try:
-            return self._refusal() is not None or bool(unpack_page(self.key, self.stored, ""))
-        except CorruptData:
-            return False
+        return self.intact() is not None or self._refusal() is not None
+
+    def intact(self) -> bytes | None:
+        """The page; None if there is none, for which `content` has the reason."""
+        return sound_page(self.key, self.stored)
 
     def content(self, page: PageKey) -> bytes:
         """The page. CorruptData if it is damaged, or if it was when the version was made.
 
         NotMaterializable if it rests on a record that cannot be redone.
         """
+        content = self.intact()
+        if content is not None:
+            return content
         refusal = self._refusal()
         if refusal is None:
-            what = f"the stored version of {page} at {format_lsn(self.lsn)}"
-            return unpack_page(self.key, self.stored, what)
+            raise CorruptData(
+                f"the stored version of {page} at {format_lsn(self.lsn)} does not match its "
+                "checksum"
+            )
         reason, lsn = refusal
         if reason is Refusal.UNKNOWN_RECORD:
             raise NotMaterializable(

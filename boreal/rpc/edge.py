@@ -17,6 +17,7 @@ from grpc import aio
 
 from boreal import errors
 from boreal.errors import BorealError, Internal, UnknownOutcome, Unreachable
+from boreal.memory import keep_freed
 from boreal.quorum import Lineage
 from boreal.rpc import common_pb2
 from boreal.types import Epoch, Fork, RelationFork, VolumeId
@@ -160,7 +161,11 @@ class _ErrorInterceptor(_Interceptor):
 
 
 def make_server() -> aio.Server:
-    """A gRPC server with our limits, whose handlers may raise BorealError."""
+    """A gRPC server with our limits, whose handlers may raise BorealError.
+
+    Every process of ours that moves much data has one: its memory is set up for that here.
+    """
+    keep_freed()
     return aio.server(interceptors=[_ErrorInterceptor()], options=_OPTIONS)
 
 

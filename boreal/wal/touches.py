@@ -19,6 +19,7 @@ from typing import Final, Protocol
 import google_crc32c
 
 from boreal.errors import CorruptWal, IngestStopped
+from boreal.pages.visibility import ALL_FROZEN, VALID_BITS
 from boreal.types import PAGE_BYTES, Lsn
 from boreal.wal.record import RECORD_HEADER, WalRecord, parse_record
 from boreal.wal.rmgr import XACT_HAS_INFO, Heap2Info, HeapInfo, Rmgr
@@ -42,11 +43,12 @@ _LEAST_BYTES = RECORD_HEADER.size + _BLOCK.size + 2
 """Of a record with a block."""
 
 # What to do with a record, by resource manager and info.
-_PARSE, _PASS, _BLOCKS, _UPDATE, _FLAGS = range(5)
-"""Hand it out; it changes no page; note its blocks. The last two note them too, and a byte of the
-main data tells of visibility bits cleared: an update's for both blocks; else the byte numbered
-`kind - _FLAGS`, for block 0."""
+_PARSE, _PASS, _BLOCKS, _UPDATE, _LOCK, _FLAGS = range(6)
+"""Hand it out; it changes no page; note its blocks. The last three note them too, and a byte of the
+main data tells of visibility bits cleared: an update's for both blocks; else for block 0 the byte
+numbered `kind - _FLAGS`, or a lock's, which clears but one of the bits."""
 _UPDATE_FLAGS_AT = 7
+"""A lock's too."""
 _CLEARED, _NEW_CLEARED = 0x01, 0x02
 """As in boreal.wal.effects; the second is an update's only."""
 
@@ -68,11 +70,12 @@ def _kinds() -> bytes:
     mark(Rmgr.BTREE, _BLOCKS)
     mark(Rmgr.HEAP, _BLOCKS, HeapInfo.CONFIRM, HeapInfo.INPLACE)
     mark(Rmgr.HEAP, _FLAGS + 2, HeapInfo.INSERT)
-    mark(Rmgr.HEAP, _FLAGS + 7, HeapInfo.DELETE, HeapInfo.LOCK)
+    mark(Rmgr.HEAP, _FLAGS + 7, HeapInfo.DELETE)
+    mark(Rmgr.HEAP, _LOCK, HeapInfo.LOCK)
     mark(Rmgr.HEAP, _UPDATE, HeapInfo.UPDATE, HeapInfo.HOT_UPDATE)
     mark(Rmgr.HEAP2, _BLOCKS, Heap2Info.PRUNE, Heap2Info.VACUUM, Heap2Info.FREEZE_PAGE)
     mark(Rmgr.HEAP2, _FLAGS, Heap2Info.MULTI_INSERT)
-    mark(Rmgr.HEAP2, _FLAGS + 7, Heap2Info.LOCK_UPDATED)
+    mark(Rmgr.HEAP2, _LOCK, Heap2Info.LOCK_UPDATED)
     return bytes(table)
 
 
@@ -92,8 +95,8 @@ class Touches(Protocol):
     def first(self, key: bytes, end: int) -> None:
         """`key` has just been added to `pages`, by the record that ends at `end`."""
 
-    def cleared(self, key: bytes, start: int) -> None:
-        """The record at `start` clears visibility bits of the heap page `key`."""
+    def cleared(self, key: bytes, start: int, bits: int) -> None:
+        """The record at `start` clears these visibility bits of the heap page `key`."""
 
 
 class TouchDecoder:
@@ -208,14 +211,15 @@ class _TouchStream(RecordStream):
                 if at + 2 + data_bytes + main_bytes != raw_end:
                     break
                 if kind != _BLOCKS:
-                    flags_at = kind - _FLAGS if kind != _UPDATE else _UPDATE_FLAGS_AT
+                    flags_at = kind - _FLAGS if kind >= _FLAGS else _UPDATE_FLAGS_AT
                     if main_bytes <= flags_at:
                         break
                     flags = buffer[raw_end - main_bytes + flags_at]
                     if flags & _CLEARED:
-                        into.cleared(other or key, base + offset)
+                        bits = VALID_BITS if kind != _LOCK else ALL_FROZEN
+                        into.cleared(other or key, base + offset, bits)
                     if flags & _NEW_CLEARED and kind == _UPDATE:
-                        into.cleared(key, base + offset)
+                        into.cleared(key, base + offset, VALID_BITS)
             previous = base + offset
             offset = end
             if kind == _PASS:

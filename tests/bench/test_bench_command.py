@@ -77,22 +77,18 @@ def test_it_measures_a_quorum_and_a_lone_server(disk: Path, tmp_path: Path) -> N
     assert alone["shipped_bytes_per_transaction"] is None
 
 
-def test_it_measures_boreal_before_and_after_a_pause(disk: Path, tmp_path: Path) -> None:
-    outcomes = measure(disk, tmp_path, "--clients=1,2", "--systems=boreal")
-    assert len(outcomes) == 2
-    for outcome in outcomes:
-        assert outcome["storage"]["backlog_bytes"] >= 0
-        assert outcome["drain_s"] is not None
-        assert outcome["cpu_ms_per_transaction"]["storage pages"] > 0
+def test_it_measures_boreal_with_and_without_its_page_processes(disk: Path, tmp_path: Path) -> None:
+    systems = "--systems=boreal,boreal-pages-stopped"
+    whole, stopped = measure(disk, tmp_path, "--clients=2", systems)
+    assert (whole["system"], stopped["system"]) == ("boreal", "boreal-pages-stopped")
+    for outcome in (whole, stopped):
+        assert outcome["drain_s"] is not None  # what was stopped was let go on
         assert copies(outcome) == pytest.approx(6, rel=0.05)
         for kind in ("walsender", "agent", "storage log"):
             assert outcome["cpu_ms_per_transaction"][kind] > 0
-
-
-def test_it_measures_boreal_with_its_page_processes_stopped(disk: Path, tmp_path: Path) -> None:
-    (outcome,) = measure(disk, tmp_path, "--clients=2", "--systems=boreal-pages-stopped")
-    assert outcome["storage"]["backlog_bytes"] > 0
-    assert outcome["drain_s"] is not None  # they were let go on
+    assert whole["storage"]["backlog_bytes"] >= 0
+    assert whole["cpu_ms_per_transaction"]["storage pages"] > 0
+    assert stopped["storage"]["backlog_bytes"] > 0
 
 
 def test_an_interrupted_run_leaves_nothing(disk: Path) -> None:

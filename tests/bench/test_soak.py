@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from bench.soak import (
     parse_progress,
     slope,
     summary,
+    thinned,
 )
 
 MIB = 2**20
@@ -117,3 +119,11 @@ def test_memory_of_a_process() -> None:
     rss, anonymous = memory_bytes({"control": os.getpid(), "gone": 2**22 - 1})
     assert 5 * MIB < anonymous["control"] <= rss["control"]
     assert "gone" not in rss
+
+
+@pytest.mark.parametrize("count", [0, 1, 89, 90, 91, 362, 1000])
+def test_what_is_kept_ends_with_the_last(count: int) -> None:
+    kept = thinned(range(count), 90)
+    assert len(kept) <= 90
+    assert list(kept[-1:]) == list(range(count))[-1:]
+    assert len({second - first for first, second in pairwise(kept)}) <= 1

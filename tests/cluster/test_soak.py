@@ -17,12 +17,12 @@ import pytest
 
 
 @pytest.mark.timeout(240)
-def test_a_minute_of_steady_load(tmp_path: Path) -> None:
+def test_a_while_of_steady_load(tmp_path: Path) -> None:
     with TemporaryDirectory(dir="/var/tmp", prefix="boreal-test-") as disk:
         Path(disk).chmod(0o711)
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "bench.soak", "--minutes=0.9", "--run-seconds=15"),
+                *(sys.executable, "-m", "bench.soak", "--minutes=0.6", "--run-seconds=12"),
                 *("--sample-seconds=1", "--scale=3", "--clients=4"),
                 *("--retain-log-mib=32", "--bundle-seconds=3", "--flatness=0.4"),
                 *(f"--dir={disk}", f"--results={tmp_path}"),
@@ -39,5 +39,5 @@ def test_a_minute_of_steady_load(tmp_path: Path) -> None:
     assert found["holds"]
     assert len(found["verdict"]["flatness"]) == 6
     assert found["verdict"]["tps_mean"] > 0
-    logs = [sample["disk_bytes"]["sn-1"]["log"] for sample in found["samples"]]
+    logs = [sample["log_mib"]["sn-1"] for sample in found["samples"]]
     assert min(logs) < max(logs), "nothing of the log was ever dropped"

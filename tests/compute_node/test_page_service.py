@@ -27,6 +27,7 @@ from boreal.errors import BadUsage, BorealError, Internal, NotMaterializable, St
 from boreal.types import PAGE_BYTES, BlockNumber, Epoch, Fork, Lsn, PageKey, RelationFork
 from compute_node.page_protocol import MAX_WINDOW, Operation, Outcome, Run, ShimRequest
 from compute_node.page_service import AHEAD_PAGES, MAX_UNDER_WAY, Cuts, PageService
+from compute_node.prefetch import MAX_FETCH
 
 HEAP = RelationFork(1663, 5, 16384, Fork.MAIN)
 OTHER = RelationFork(1664, 0, 1262, Fork.VM)
@@ -275,7 +276,18 @@ async def test_at_most_so_much_is_fetched_ahead(path: Path) -> None:
         for block in range(0, 640, MAX_WINDOW):
             await backend.ask(block, window=MAX_WINDOW)
         assert sum(source.counts) <= 640 + AHEAD_PAGES
-        assert max(source.counts) == MAX_WINDOW
+        assert max(source.counts) == MAX_FETCH
+        # Steady reading asks in whole fetches only: the first window, what is left of its fetch.
+        assert [count for count in source.counts if count != MAX_FETCH] == [MAX_WINDOW, MAX_WINDOW]
+        backend.close()
+
+
+async def test_who_has_not_read_much_yet_is_fetched_little_for(path: Path) -> None:
+    source = Source()
+    async with serving(path, source):
+        backend = await Backend.connect(path)
+        await backend.ask(10, window=16)
+        assert sorted(source.counts) == [16, 32]
         backend.close()
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from boreal.errors import NotMaterializable
 from boreal.types import BlockNumber, Fork, Lsn, PageKey, RelationFork
-from compute_node.page_protocol import MAX_WINDOW, Run
-from compute_node.prefetch import ReadAhead
+from compute_node.page_protocol import Run
+from compute_node.prefetch import MAX_FETCH, ReadAhead
 
 HEAP = RelationFork(1663, 5, 16384, Fork.MAIN)
 LSN = Lsn(1000)
@@ -131,9 +131,20 @@ async def test_the_oldest_make_room() -> None:
 async def test_calls_under_way_are_bounded() -> None:
     storage = Storage()
     async with reading_ahead(storage, at_once=3) as ahead:
-        ahead.want(run(0, 10 * MAX_WINDOW), LSN, 0)
+        ahead.want(run(0, 10 * MAX_FETCH), LSN, 0)
         await asyncio.sleep(0.01)
-        assert storage.asked == [run(n * MAX_WINDOW, MAX_WINDOW) for n in range(3)]
+        assert storage.asked == [run(n * MAX_FETCH, MAX_FETCH) for n in range(3)]
+
+
+async def test_readers_who_want_overlapping_runs_want_the_same_fetches() -> None:
+    storage = Storage()
+    storage.open.set()
+    async with reading_ahead(storage) as ahead:
+        ahead.want(run(40, 344), LSN, 0)
+        ahead.want(run(72, 440), LSN, 0)
+        await asyncio.sleep(0.01)
+        assert storage.asked == [run(40, 88), run(128, 128), run(256, 128), run(384, 128)]
+        assert await ahead.take(run(100, 64)) == pages(100, 64)
 
 
 async def test_closing_ends_what_is_under_way() -> None:

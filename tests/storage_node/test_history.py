@@ -8,7 +8,6 @@ test kills the volume's writes at each place in turn, before and after they are 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tests.storage_node.history_kit import (
     history_segment,
     history_store,
     open_history,
+    run_or_die,
     settled,
 )
 from tests.storage_node.page_volume_kit import WAIT_S, Indexed, running
@@ -106,7 +106,7 @@ async def test_killed_at_any_write_it_continues(tmp_path: Path, durable: bool) -
     while killed:
         parts = open_history(segment)
         _die(parts.index, 1 + kills, durable=durable)
-        killed = await _killed(parts)
+        killed = await run_or_die(parts, _ended(parts))
         _check(parts, history.states)
         kills += killed
         parts.index.close()
@@ -118,20 +118,6 @@ async def test_killed_at_any_write_it_continues(tmp_path: Path, durable: bool) -
     _check(parts, history.states)
     assert kills > 5
     parts.close()
-
-
-async def _killed(parts: Indexed) -> bool:
-    """Let everything run until there is nothing to do, or a write was the last."""
-    ingest = asyncio.create_task(parts.ingest.run())
-    compaction = asyncio.create_task(parts.compaction.run())
-    end = asyncio.create_task(_ended(parts))
-    await asyncio.wait([compaction, end], timeout=WAIT_S, return_when=asyncio.FIRST_COMPLETED)
-    killed = compaction.done()
-    assert killed or end.done()
-    for task in (ingest, compaction, end):
-        task.cancel()
-    await asyncio.wait([ingest, compaction, end])
-    return killed
 
 
 async def _ended(parts: Indexed) -> None:

@@ -25,11 +25,8 @@ from tests.storage_node.history import History, HistoryRedo, make_history
 from tests.storage_node.history_kit import (
     CHAIN_RECORDS,
     RETAIN_BYTES,
-    append_history,
     differences,
-    history_segment,
-    history_store,
-    open_history,
+    history_volume,
     settled,
 )
 from tests.storage_node.page_volume_kit import WAIT_S, Indexed, running
@@ -42,16 +39,9 @@ def history() -> History:
 
 @pytest.fixture
 def parts(tmp_path: Path, history: History) -> Iterator[Indexed]:
-    made = _volume(tmp_path, history)
+    made = history_volume(tmp_path, history)
     yield made
     made.close()
-
-
-def _volume(directory: Path, history: History, redo: HistoryRedo | None = None) -> Indexed:
-    segment = history_segment(directory, history)
-    append_history(segment, history, history.wal.end)
-    history_store(segment, history).close()
-    return open_history(segment, redo)
 
 
 def _pages(history: History) -> Iterator[PageKey]:
@@ -108,7 +98,7 @@ async def test_without_a_floor_nothing_is_retired(parts: Indexed, history: Histo
 async def test_nothing_of_what_was_dropped_stays_for_ever(tmp_path: Path) -> None:
     """After everything was retired the tables hold what the volume is now, and little else."""
     history = make_history(11, 900 * 1024)
-    parts = _volume(tmp_path, history)
+    parts = history_volume(tmp_path, history)
     parts.segment.shared.floor = history.wal.end
     await _run(parts, history)
     imported = set(history.imported)
@@ -162,7 +152,7 @@ async def test_a_record_that_does_not_fit_holds_retirement_until_it_does(
 ) -> None:
     """A better redo may yet make the page: so its log stays."""
     redo = _Stumbling()
-    parts = _volume(tmp_path, calm, redo)
+    parts = history_volume(tmp_path, calm, redo)
     page, start = _early_record(calm)
     redo.stumbles_at = start
     parts.segment.shared.floor = calm.wal.end
@@ -184,7 +174,7 @@ async def test_a_record_that_does_not_fit_holds_retirement_until_it_does(
 
 async def test_damaged_log_is_given_up_for_its_pages_alone(tmp_path: Path, calm: History) -> None:
     """Nothing repairs it by waiting: the page is refused, all others go on."""
-    parts = _volume(tmp_path, calm)
+    parts = history_volume(tmp_path, calm)
     page, start = _early_record(calm)
     read = parts.materializer._read_log
 

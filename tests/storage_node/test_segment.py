@@ -28,7 +28,7 @@ from storage_node.config import StorageConfig
 from storage_node.segment import Segment, VolumeFacts, read_state
 from storage_node.shared_state import SharedState
 from storage_node.volumes import Volumes
-from tests.storage_node.segment_kit import change, new_segment, reopened
+from tests.storage_node.segment_kit import change, log_file, new_segment, reopened
 
 START = Lsn(7 * WAL_SEGMENT_BYTES)
 FACTS = VolumeFacts(system_identifier=42, start=START)
@@ -144,6 +144,27 @@ def written_by(epoch: int, start: int, end: int) -> bytes:
     return bytes(
         0 if lsn % PAGE_BYTES < 24 else epoch * 37 + lsn % 11 & 255 for lsn in range(start, end)
     )
+
+
+def test_zeros_written_ahead_are_no_log(segment: Segment) -> None:
+    """Small appends over several stretches of zeros, a large one, and a cut among them."""
+
+    def put_bytes(size_bytes: int, epoch: int) -> bytes:
+        at = segment.state.scl
+        data = written_by(epoch, at, at + size_bytes)
+        put(segment, data, epoch)
+        return data
+
+    expected = b"".join(put_bytes(size, 1) for size in [5_000] * 60 + [200_000] + [7_001] * 30)
+    assert log_file(segment, START).read_bytes() == expected.ljust(WAL_SEGMENT_BYTES, b"\0")
+    assert segment.state.scl == reopened(segment).state.scl == START + len(expected)
+
+    kept = len(expected) - 150_000
+    segment.fence(Epoch(2))
+    segment.adopt(Epoch(2), segment.state.lineage.extended(Epoch(2), Lsn(START + kept)))
+    expected = expected[:kept] + put_bytes(5_000, 2)
+    assert log_file(segment, START).read_bytes() == expected.ljust(WAL_SEGMENT_BYTES, b"\0")
+    assert reopened(segment).state.scl == START + len(expected)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from boreal.errors import NotMaterializable
+from boreal.errors import CorruptData, NotMaterializable
 from boreal.types import BlockNumber, Lsn, PageKey
 from boreal.wal import BlockRef, WalRecord
 from storage_node import settle
 from storage_node.entries import PAGE_KEY_BYTES
-from storage_node.index import IndexView, PageIndex
+from storage_node.index import IndexView, PageIndex, Tables
 from tests.storage_node.history import History, HistoryRedo, make_history
 from tests.storage_node.history_kit import (
     CHAIN_RECORDS,
@@ -27,7 +28,9 @@ from tests.storage_node.history_kit import (
     differences,
     history_segment,
     history_store,
+    history_volume,
     open_history,
+    run_or_die,
     settled,
 )
 from tests.storage_node.page_volume_kit import WAIT_S, Indexed, running
@@ -58,10 +61,7 @@ def parts(tmp_path: Path, history: History) -> Iterator[Indexed]:
 
 
 def _open(directory: Path, history: History, end: Lsn | None = None) -> Indexed:
-    segment = history_segment(directory, history)
-    append_history(segment, history, history.wal.end if end is None else end)
-    history_store(segment, history).close()
-    return open_history(segment, _Counting(), quiet_s=QUIET_S)
+    return history_volume(directory, history, _Counting(), end=end, quiet_s=QUIET_S)
 
 
 async def _until(condition: Callable[[], object]) -> None:
@@ -90,6 +90,20 @@ def _pages(view: IndexView) -> Iterator[PageKey]:
             yield PageKey(fork, BlockNumber(block))
 
 
+def _read_as_stored(parts: Indexed) -> int:
+    """Pages of which a run's read takes the stored version, looking no further."""
+    found = 0
+    with parts.index.view() as view:
+        for fork, blocks in view.relations(view.indexed).items():
+            versions = view.versions(fork, range(blocks), view.indexed)
+            for block, version in enumerate(versions):
+                if version is not None and (content := version.intact()) is not None:
+                    page = PageKey(fork, BlockNumber(block))
+                    assert content == parts.materializer.page(view, page, view.indexed)
+                    found += 1
+    return found
+
+
 async def test_reading_what_is_settled_takes_no_redo(parts: Indexed, history: History) -> None:
     await _settle(parts, history.wal.end)
     redo = parts.materializer._redo
@@ -112,8 +126,33 @@ async def test_reading_what_is_settled_takes_no_redo(parts: Indexed, history: Hi
                 continue
     assert untouched > 50
     assert redo.applied == 0
+    assert _read_as_stored(parts) > 50
     for state in history.states[::5]:
         assert differences(parts, state) == [], f"at {state.lsn:X}"
+
+
+async def test_a_damaged_version_is_never_served(parts: Indexed, history: History) -> None:
+    """The log that the versions were made from is there still: the page is made from it."""
+    await _settle(parts, history.wal.end)
+    read = _read_as_stored(parts)
+
+    def flip_bits(transaction: Any, tables: Tables) -> None:
+        rows = list(transaction.cursor(tables.versions))
+        for key, stored in rows:
+            damaged = bytearray(stored)
+            damaged[-1] ^= 1
+            transaction.put(key, bytes(damaged), db=tables.versions)
+
+    await parts.index.change(flip_bits)
+    assert read > 50
+    assert _read_as_stored(parts) == 0
+    with parts.index.view() as view:
+        for fork, blocks in view.relations(view.indexed).items():
+            for block in range(blocks):
+                page = PageKey(fork, BlockNumber(block))
+                with suppress(NotMaterializable, CorruptData):
+                    (content,) = parts.materializer.pages(view, fork, [block], view.indexed)
+                    assert content == history.states[-1].page(page)
 
 
 async def test_a_page_is_left_to_the_last_layer_that_tells_of_it(
@@ -267,7 +306,7 @@ async def test_killed_at_any_write_it_continues(
     while killed:
         parts = open_history(segment, quiet_s=QUIET_S)
         was_settling = _die(parts.index, 1 + kills, durable=durable)
-        killed = await _killed(parts)
+        killed = await run_or_die(parts, _ended(parts))
         for state in history.states:
             if parts.index.lowest <= state.lsn <= parts.ingest.reached:
                 assert differences(parts, state) == [], f"at {state.lsn:X}"
@@ -277,20 +316,6 @@ async def test_killed_at_any_write_it_continues(
         parts.store.close()
     assert kills_of_settling > 2
     segment.close()
-
-
-async def _killed(parts: Indexed) -> bool:
-    """Let everything run until all is settled, or a write was the last."""
-    ingest = asyncio.create_task(parts.ingest.run())
-    compaction = asyncio.create_task(parts.compaction.run())
-    end = asyncio.create_task(_ended(parts))
-    await asyncio.wait([compaction, end], timeout=WAIT_S, return_when=asyncio.FIRST_COMPLETED)
-    killed = compaction.done()
-    assert killed or end.done()
-    for task in (ingest, compaction, end):
-        task.cancel()
-    await asyncio.wait([ingest, compaction, end])
-    return killed
 
 
 async def _ended(parts: Indexed) -> None:

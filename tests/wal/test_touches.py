@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from boreal.errors import CorruptWal
+from boreal.pages.visibility import VALID_BITS
 from boreal.types import Fork, Lsn
 from boreal.wal import HeapInfo, Rmgr, VisibilityCleared, WalDecoder, WalRecord, effects
 from boreal.wal.touches import RAW_KEY, TouchDecoder
@@ -28,14 +29,14 @@ class Noted:
         self.hot: list[bytes] = []
         self.hot_mask = 31
         self.ends: dict[bytes, int] = {}
-        self.clears: list[tuple[bytes, int]] = []
+        self.clears: list[tuple[bytes, int, int]] = []
 
     def first(self, key: bytes, end: int) -> None:
         assert key not in self.ends
         self.ends[key] = end
 
-    def cleared(self, key: bytes, start: int) -> None:
-        self.clears.append((key, start))
+    def cleared(self, key: bytes, start: int, bits: int) -> None:
+        self.clears.append((key, start, bits))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,8 @@ def test_both_ways_agree(log: ExercisedLog, chunk: int) -> None:
         for effect in effects(record):
             assert isinstance(effect, VisibilityCleared)
             heap = effect.page.relation
-            clears.append((RAW_KEY.pack(*heap[:3], effect.heap_block), record.start))
+            key = RAW_KEY.pack(*heap[:3], effect.heap_block)
+            clears.append((key, record.start, effect.bits))
     assert noted.pages == expected
     assert noted.ends == ends
     assert noted.clears == clears
@@ -157,4 +159,5 @@ def test_an_insertion_clears_by_its_first_flag_only(flags: int) -> None:
     start, _ = wal.add(Rmgr.HEAP, HeapInfo.INSERT, body(*_insert(4, flags)))
     noted, parsed = _read(bytes(wal.data), wal.start, chunk=8192)
     assert len(parsed) == 1
-    assert noted.clears == ([(RAW_KEY.pack(1663, 5, 9, 4), start)] if flags & 1 else [])
+    cleared = [(RAW_KEY.pack(1663, 5, 9, 4), int(start), VALID_BITS)]
+    assert noted.clears == (cleared if flags & 1 else [])
