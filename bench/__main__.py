@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from bench import machine, report
+from bench.choice import make_system
 from bench.plan import BASELINE, Plan, Script, SystemName
 from bench.runner import Failure, Outcome, Runner
-from bench.systems import System, make_system
+from bench.systems import System
 from bench.workspace import make_workspace, require_disk
 from boreal.engine import Engine, find_engine
 from boreal.errors import BorealError
@@ -160,7 +161,7 @@ def _started(
     try:
         for name in plan.systems:
             display.show(f"{name}: starting", 0)
-            systems[name] = make_system(name, engine, workspace / name)
+            systems[name] = make_system(name, engine, workspace / name, systems)
             systems[name].start()
         yield systems
     finally:

@@ -31,7 +31,7 @@ import click
 from bench import load
 from bench.background import Pgbench
 from bench.control import Control, is_reader, serving_writer
-from bench.faults import UNPLANNED, Kind, inject
+from bench.faults import MIXED, UNPLANNED, Kind, inject
 from bench.ledger import SCHEMA, Ack, LedgerClient, Watcher, longest_gap_s
 from bench.rounds import Found, Plan, Round, judge, summary
 from bench.session import Session
@@ -244,7 +244,7 @@ def main(
     results: Path,
 ) -> None:
     """Fail over again and again on a cluster of its own; writes a JSON file."""
-    in_turn = [Kind(kind) for kind in kinds] or UNPLANNED
+    in_turn = [Kind(kind) for kind in kinds] or MIXED
     plan = Plan(
         kinds=[*islice(cycle(in_turn), unplanned), *([Kind.PLANNED] * planned)],
         readers=readers,

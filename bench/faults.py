@@ -25,6 +25,11 @@ class Kind(StrEnum):
 
 
 UNPLANNED = tuple(kind for kind in Kind if kind is not Kind.PLANNED)
+MIXED = (
+    *(Kind.POSTGRES_KILLED, Kind.AGENT_KILLED, Kind.FROZEN),
+    *(Kind.POSTGRES_KILLED, Kind.AGENT_KILLED, Kind.AGENT_FROZEN),
+)
+"""A third of each: PostgreSQL is gone, the agent is, something does not answer."""
 
 
 def inject(kind: Kind, directory: Path, name: str) -> Callable[[], None] | None:

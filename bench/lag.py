@@ -13,6 +13,7 @@ told.
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import sys
 import threading
@@ -25,13 +26,13 @@ from typing import Self
 import click
 
 from bench.control import Control
-from bench.load import Summary, Target, parse_summary, percentile
+from bench.load import Target, parse_summary, percentile
 from bench.session import Session
 from bench.single import DIRECTORY, RESULTS, boreal_alone, say, told_in_words, write_result
 from bench.systems import Boreal
 from boreal import cluster
 from boreal.engine import Engine
-from boreal.errors import BorealError, ProcessFailed
+from boreal.errors import BorealError, Internal, ProcessFailed
 from boreal.waiting import wait_until
 
 _SCHEMA = "create table beats (id bigserial primary key, at timestamptz not null)"
@@ -159,10 +160,37 @@ class Unseen:
         return fresh
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What pgbench says of itself."""
+
+    commits: int
+    tps: float
+    commit_ms: float
+    """Of one commit, on average."""
+    late_ms: float
+    """How long after its turn one began, on average: large if the rate is not held."""
+
+
+def parse_written(output: str) -> Written:
+    """Read the output of a pgbench that was given a rate."""
+    summary = parse_summary(output)
+    match = re.search(r"^rate limit schedule lag: avg ([\d.]+) ", output, re.MULTILINE)
+    if match is None:
+        raise Internal(f"pgbench does not tell how late it was: {output[-500:]}")
+    late_ms = float(match[1])
+    return Written(
+        commits=summary.transactions,
+        tps=summary.tps,
+        commit_ms=summary.latency_mean_ms - late_ms,
+        late_ms=late_ms,
+    )
+
+
 def write_steadily(
     engine: Engine, target: Target, directory: Path, *, rate: int, clients: int, seconds: float
-) -> Summary:
-    """Run pgbench at `rate` commits a second; what it says of itself."""
+) -> Written:
+    """Run pgbench at `rate` commits a second."""
     script = directory / "beat.sql"
     script.write_text(_WRITE)
     done = subprocess.run(
@@ -184,14 +212,14 @@ def write_steadily(
     )
     if done.returncode != 0:
         raise ProcessFailed(f"pgbench failed: {done.stderr.strip()[-300:]}")
-    return parse_summary(done.stdout)
+    return parse_written(done.stdout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """One run."""
 
-    written: Summary
+    written: Written
     lags: dict[str, Lag]
     """By reader."""
     unseen: dict[str, int]
@@ -223,11 +251,11 @@ def measure(
             engine, boreal.target, boreal.directory, rate=rate, clients=clients,
             seconds=seconds + warm_up_s,
         )  # fmt: skip
-        _await_all_seen(list(followers.values()), written.transactions)
+        _await_all_seen(list(followers.values()), written.commits)
     return Measured(
         written=written,
         lags={name: follower.lag() for name, follower in followers.items()},
-        unseen={name: written.transactions - each.seen for name, each in followers.items()},
+        unseen={name: written.commits - each.seen for name, each in followers.items()},
     )
 
 
@@ -279,8 +307,8 @@ def main(
         path = write_result(results, "lag", {**facts, "plan": plan, **asdict(done)})
     held = "" if done.written.tps >= _HELD * rate else f"; the rate of {rate} was NOT held"
     print(
-        f"{done.written.tps:,.0f} commits a second, {done.written.latency_mean_ms:.1f} ms each on "
-        f"average, their wait for their turn included{held}"
+        f"{done.written.tps:,.0f} commits a second of {done.written.commit_ms:.1f} ms on average, "
+        f"begun {done.written.late_ms:.1f} ms late{held}"
     )
     for name, lag in done.lags.items():
         print(f"{name}: {lag}")

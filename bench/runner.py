@@ -100,6 +100,7 @@ class Runner:
     def prepare(self, name: SystemName) -> Prepared:
         """Make the tables, warm up, and leave the system paused."""
         system = self._systems[name]
+        system.resume()  # it may be another one's cluster, which was left paused
         self._report(f"{name}: filling at scale {self._plan.scale}", 0)
         began = time.monotonic()
         load.fill(self._engine, system.target, self._plan.scale, 60 + 30 * self._plan.scale)

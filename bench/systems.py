@@ -21,7 +21,6 @@ import psutil
 
 from bench.accounting import Kind, Tree, standby_kind, writer_kind
 from bench.load import Target
-from bench.plan import SystemName
 from bench.postgres import START_S, PostgresServer
 from boreal import cluster, process_tree
 from boreal.cluster import free_ports
@@ -213,8 +212,7 @@ class Boreal:
 
     With `pages_stopped` the page processes of all storage nodes are frozen while a load runs: what
     is left is the way of a commit. Next to the whole it shows what indexing and background work
-    cost. With `direct` clients connect to the writer's own port instead of the writer endpoint:
-    next to the whole it shows what the endpoint costs.
+    cost.
     """
 
     def __init__(
@@ -222,15 +220,14 @@ class Boreal:
         directory: Path,
         *,
         pages_stopped: bool = False,
-        direct: bool = False,
         options: Sequence[str] = (),
     ) -> None:
         """`options` are further ones for `boreal up`."""
         self._directory = directory
         self._options = options
         self._pages_stopped = pages_stopped
-        self._direct = direct
         self._target: Target | None = None
+        self._direct_target: Target | None = None
         self._processes = LocalProcesses(directory)
         directory.mkdir(mode=0o711)
 
@@ -243,8 +240,6 @@ class Boreal:
     def title(self) -> str:
         if self._pages_stopped:
             return "Boreal, its six page processes STOPPED during the load: nothing is indexed"
-        if self._direct:
-            return "Boreal, clients at the instance's own port instead of the writer endpoint"
         return "Boreal"
 
     @property
@@ -254,10 +249,19 @@ class Boreal:
         return self._target
 
     def start(self) -> None:
+        if self._target is not None:  # two systems may be one cluster
+            return
         self.command("up", "--port", str(free_ports(1)[0]), *self._options)
         config = cluster.load(self._directory)
-        dsn = config.instance_dsn(self._status()["writer"]) if self._direct else config.dsn
-        self._target = Target.parse(dsn)
+        self._target = Target.parse(config.dsn)
+        self._direct_target = Target.parse(config.instance_dsn(self._writer()["name"]))
+
+    @property
+    def direct_target(self) -> Target:
+        """The writer's own port, past the endpoint."""
+        if self._direct_target is None:
+            raise Internal("asked where Boreal serves SQL before it was started")
+        return self._direct_target
 
     def stop(self) -> None:
         if self._processes.names():
@@ -430,21 +434,6 @@ def _boreal_kinds(name: str) -> tuple[Kind, Callable[[str], Kind]]:
         return Kind.AGENT, writer_kind
     kind = Kind.ENDPOINTS if name == cluster.ENDPOINTS else Kind.CONTROL
     return kind, lambda _: kind
-
-
-def make_system(name: SystemName, engine: Engine, directory: Path) -> System:
-    """The system of that name; its data go to `directory`, which must not exist yet."""
-    match name:
-        case SystemName.BOREAL:
-            return Boreal(directory)
-        case SystemName.PAGES_STOPPED:
-            return Boreal(directory, pages_stopped=True)
-        case SystemName.DIRECT:
-            return Boreal(directory, direct=True)
-        case SystemName.QUORUM:
-            return StockQuorum(engine, directory)
-        case SystemName.ALONE:
-            return StockAlone(engine, directory)
 
 
 def _primary_trees(server: PostgresServer) -> list[Tree]:

@@ -15,7 +15,7 @@ import structlog
 
 from boreal.errors import BorealError, MalformedRequest, OversizeRequest, Refused
 from boreal.quorum import TimelineStart
-from boreal.types import Lsn, Timeline, format_lsn, parse_lsn
+from boreal.types import PAGE_BYTES, Lsn, Timeline, format_lsn, parse_lsn
 from compute_node import wire
 
 SERVER_VERSION = "16.14"
@@ -285,7 +285,7 @@ class FeedSession:
             if position >= ceiling:
                 await self._wait_beyond(position, asks)
                 continue
-            data = await source.read(position, Lsn(min(ceiling, position + MAX_DATA_BYTES)))
+            data = await source.read(position, _message_end(position, ceiling))
             self._writer.write(wire.xlog_data(position, ceiling, _now_us(), data))
             position = Lsn(position + len(data))
             asks.begin()
@@ -325,6 +325,16 @@ class FeedSession:
         elif body[0] == wire.HOT_STANDBY_FEEDBACK:
             feedback = wire.read_hot_standby_feedback(body)
             self.progress = replace(progress, oldest_xmin=feedback.xmin_epoch << 32 | feedback.xmin)
+
+
+def _message_end(position: Lsn, ceiling: Lsn) -> Lsn:
+    """Where a message that begins at `position` ends: at the ceiling or at a page's end.
+
+    A standby reads as soon as it has a message, and takes for granted that no message cuts a record
+    within a page (XLogSendPhysical, walsender.c; XLogDecodeNextRecord, xlogreader.c).
+    """
+    end = position + MAX_DATA_BYTES
+    return ceiling if end >= ceiling else Lsn(end - end % PAGE_BYTES)
 
 
 async def _end(task: asyncio.Future[Any]) -> None:

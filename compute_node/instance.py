@@ -19,39 +19,33 @@ from boreal.engine import Engine
 from boreal.errors import (
     BorealError,
     Internal,
-    NoBundle,
     NotWriter,
     ProcessFailed,
-    QuorumUnavailable,
     StaleEpoch,
 )
 from boreal.rpc import control_pb2
-from boreal.types import Epoch, Lsn, Timeline, format_lsn
-from compute_node import bundle
+from boreal.types import Epoch, Lsn, Timeline
 from compute_node.bundle_choice import BundleChoice
 from compute_node.cache import BoundedCache, RelationFiles, keep_within
 from compute_node.config import ComputeConfig
-from compute_node.configuration import prepare_directories, write_configuration
 from compute_node.draining import drain
 from compute_node.feed import Feed
 from compute_node.fleet import BundlePut, Fleet
 from compute_node.lease import Lease
 from compute_node.life import Life, LifeState
-from compute_node.log_source import LogSource, view_log
 from compute_node.orders import Order, OrderKind, Orders
 from compute_node.page_service import PageService
 from compute_node.parts import Parts
 from compute_node.postgres import Postgres
-from compute_node.promotion import promote
+from compute_node.promotion import Spawn, promote
 from compute_node.reader import Reader
+from compute_node.restoring import restore
 from compute_node.shipper import storage_addresses
-from compute_node.storage_client import BundleManifest
 from compute_node.writer import Writer
 
 _log = structlog.get_logger(__name__)
 
 _FINAL_BUNDLE_S = 20.0
-_RETRY_S = 0.2
 
 
 class Instance:
@@ -85,7 +79,7 @@ class Instance:
         self._parts: Parts | None = None
         self._writer_address: str | None = None
         self.reader: Reader | None = None
-        """Its duties as a reader; None before it is consistent and once it is to write."""
+        """Its duties as a reader, also while it restores; over once it is to write."""
         self.writer: Writer | None = None
         """Its duties as the writer, once it is promoted."""
 
@@ -171,7 +165,6 @@ class Instance:
     async def run(self, orders: Orders) -> None:
         """Live, and do as ordered."""
         self._life.become(LifeState.RESTORING, "ordered to serve the volume")
-        await asyncio.to_thread(prepare_directories, self._config, self._engine)
         try:
             async with asyncio.TaskGroup() as group, AsyncExitStack() as stack:
                 await self._serve(group, stack, orders)
@@ -188,13 +181,19 @@ class Instance:
             return task
 
         parts = self._parts = await self._start(stack)
+        reader = self.reader = Reader(parts, self._on_news)
+        reader.writer_at(self._writer_address)
         spawn(self._watch_fence(), "fence")
         spawn(self._watch_postgres(), "watch")
+        # Before PostgreSQL is consistent, for even that far it may not get under the old epoch.
+        reading = spawn(reader.run(), "reader")
         await self._postgres.wait_ready()
         self._life.become(LifeState.READER, "PostgreSQL is consistent")
+        reader.consistent()
+        spawn(self._postgres.watch_answers(), "answers")
         if self._config.cache_bytes:
             spawn(self._bound_cache(parts.pages), "cache")
-        obeying = spawn(self._obey(parts, orders, spawn), "orders")
+        obeying = spawn(self._obey(parts, reader, reading, orders, spawn), "orders")
         stop = spawn(self._stop_requested.wait(), "stop")
         await asyncio.wait({obeying, stop}, return_when=asyncio.FIRST_COMPLETED)
         if not obeying.done():
@@ -203,8 +202,8 @@ class Instance:
 
     async def _start(self, stack: AsyncExitStack) -> Parts:
         """Restore, and start PostgreSQL and what serves it; `stack` ends that."""
-        manifest, source = await self._restore()
         config = self._config
+        manifest, source = await restore(config, self._engine, self._fleet, self._choice)
         feed = await Feed.start(source, socket_dir=config.feed_dir, port=config.postgres_port)
         stack.push_async_callback(feed.close)
         pages = await PageService.start(
@@ -229,31 +228,6 @@ class Instance:
             restored_redo=manifest.redo,
             restored_end=manifest.end,
         )
-
-    async def _restore(self) -> tuple[BundleManifest, LogSource]:
-        while True:
-            try:
-                view = view_log(await self._fleet.positions())
-                manifest = await self._fleet.latest_bundle(self._choice.max_end)
-                break
-            except NoBundle:
-                if not self._choice.max_end:
-                    raise
-                self._choice.begin_again()
-            except QuorumUnavailable as error:
-                _log.warning("waiting for storage nodes", reason=error.message)
-                await asyncio.sleep(_RETRY_S)
-        self._fleet.follow_lineage(view.lineage.last.epoch)
-        written = await bundle.restore(manifest, self._fleet, self._config.pgdata, self._engine)
-        write_configuration(self._config, self._engine)
-        _log.info(
-            "restored",
-            redo=format_lsn(manifest.redo),
-            end=format_lsn(manifest.end),
-            bytes=written,
-            files=len(manifest.files),
-        )
-        return manifest, LogSource(self._fleet, view, durable=manifest.end)
 
     async def _bound_cache(self, pages: PageService) -> None:
         config = self._config
@@ -288,20 +262,19 @@ class Instance:
     async def _obey(
         self,
         parts: Parts,
+        reader: Reader,
+        reading: asyncio.Task[Any],
         orders: Orders,
-        spawn: Callable[[Coroutine[Any, Any, Any], str], asyncio.Task[Any]],
+        spawn: Spawn,
     ) -> None:
         """Do as ordered; returns once this instance made way for another writer."""
-        self.reader = Reader(parts, self._on_news)
-        self.reader.writer_at(self._writer_address)
-        reading = spawn(self.reader.run(), "reader")
         promotion: asyncio.Task[None] | None = None
         order: Order | None = None
         while True:
             order = await orders.other_than(order)
             self._check(order, writes=promotion is not None)
             if order.kind is OrderKind.READ and promotion is None:
-                await self.reader.follow(order.epoch)
+                await reader.follow(order.epoch)
             elif order.kind is OrderKind.WRITE and promotion is None:
                 self._life.become(LifeState.PROMOTING, f"ordered to write under {order.epoch}")
                 reading.cancel()
@@ -332,7 +305,7 @@ class Instance:
         parts: Parts,
         epoch: Epoch,
         orders: Orders,
-        spawn: Callable[[Coroutine[Any, Any, Any], str], asyncio.Task[Any]],
+        spawn: Spawn,
     ) -> None:
         self.writer = await promote(parts, epoch, orders, spawn)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -12,7 +14,7 @@ import structlog
 from boreal.errors import ProcessFailed
 
 _GONE_WITHIN_S = 10.0
-_ATTEMPTS = 5
+_LOOK_S = 0.01
 _IPC_RMID = 0
 _NAME = "postgres"
 _DELETED = " (deleted)"
@@ -28,23 +30,24 @@ async def end_leftover(pgdata: Path) -> None:
     a former life. A postmaster that was killed does not take its backends along: they go on until
     they next wait for something. ProcessFailed if one cannot be ended.
     """
-    for _ in range(_ATTEMPTS):
-        family = await asyncio.to_thread(_working_in, pgdata)
-        if not family:
-            _remove_shared_memory(pgdata)
-            return
+    deadline = time.monotonic() + _GONE_WITHIN_S
+    while family := await asyncio.to_thread(_working_in, pgdata):
+        if time.monotonic() > deadline:
+            raise ProcessFailed(f"processes of a former PostgreSQL in {pgdata} do not end")
         _log.info("ending what is left of a PostgreSQL", pids=[each.pid for each in family])
         for process in family:
-            try:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        await asyncio.to_thread(psutil.wait_procs, family, timeout=_GONE_WITHIN_S)
-    raise ProcessFailed(f"processes of a former PostgreSQL in {pgdata} do not end")
+        # Not waited for one by one: what its parent does not reap would never be gone.
+        await asyncio.sleep(_LOOK_S)
+    _remove_shared_memory(pgdata)
 
 
 def _working_in(pgdata: Path) -> list[psutil.Process]:
-    """All of them stay in the data directory (ChangeToDataDir, utils/init/miscinit.c)."""
+    """All of them stay in the data directory (ChangeToDataDir, utils/init/miscinit.c).
+
+    Without those that have ended and are only not reaped yet.
+    """
     found = []
     home = str(pgdata.resolve())
     for entry in Path("/proc").iterdir():

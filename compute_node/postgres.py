@@ -10,6 +10,8 @@ import subprocess
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import NoReturn
+from weakref import WeakSet
 
 import psycopg
 import structlog
@@ -29,6 +31,10 @@ _STATUS_LINE = 7
 _PROMOTE_WITHIN_S = 600
 _PROMOTE_POLL_S = 0.002
 _STOP_TIMEOUT_S = 60
+_QUIT_TIMEOUT_S = 2
+"""An immediate shutdown takes milliseconds, unless processes are frozen."""
+_ANSWER_EVERY_S = 1.0
+_ANSWER_WITHIN_S = 5.0
 
 _SESSION_OPTIONS = " ".join(
     f"-c {setting}"
@@ -59,6 +65,7 @@ class Postgres:
         self._exited = asyncio.Event()
         self._kept: Connection | None = None
         self._opening = asyncio.Lock()
+        self._connections: WeakSet[Connection] = WeakSet()
 
     @property
     def pid(self) -> int:
@@ -104,11 +111,16 @@ class Postgres:
     async def stop(self, how: signal.Signals = signal.SIGINT) -> None:
         """Stop it: SIGINT is PostgreSQL's fast shutdown, SIGQUIT its immediate one."""
         process = self._process
-        if process is None or self._exited.is_set():
-            return
+        if process is not None and not self._exited.is_set():
+            await self._end(process, how)
+        for connection in list(self._connections):
+            await connection.close()
+
+    async def _end(self, process: subprocess.Popen[bytes], how: signal.Signals) -> None:
         process.send_signal(how)
+        patience_s = _QUIT_TIMEOUT_S if how is signal.SIGQUIT else _STOP_TIMEOUT_S
         try:
-            await asyncio.wait_for(self.exited(), _STOP_TIMEOUT_S)
+            await asyncio.wait_for(self.exited(), patience_s)
         except TimeoutError:
             _log.warning("PostgreSQL did not stop in time; killing it", pid=process.pid)
             process.kill()
@@ -135,7 +147,7 @@ class Postgres:
             return self._kept
 
     async def _connect(self, database: str) -> Connection:
-        return await psycopg.AsyncConnection.connect(
+        connection = await psycopg.AsyncConnection.connect(
             host=str(self._config.run_dir),
             port=self._config.postgres_port,
             user=ADMIN,
@@ -145,6 +157,32 @@ class Postgres:
             connect_timeout=10,
             options=_SESSION_OPTIONS,
         )
+        self._connections.add(connection)
+        return connection
+
+    async def watch_answers(self) -> NoReturn:
+        """Ask it something again and again; ProcessFailed once there is no answer for long.
+
+        Frozen or stuck as a whole, it would not end, and would serve nobody.
+        """
+        connection: Connection | None = None
+        while True:
+            asked = asyncio.create_task(self._answer(connection))
+            done, _ = await asyncio.wait({asked}, timeout=_ANSWER_WITHIN_S)
+            if not done:
+                asked.cancel()
+                raise ProcessFailed(f"PostgreSQL gives no answer within {_ANSWER_WITHIN_S:g} s")
+            try:
+                connection = asked.result()
+            except psycopg.Error as error:  # it ends, which others notice, or ended this session
+                _log.info("PostgreSQL refused an answer", reason=str(error).strip())
+                connection = None
+            await asyncio.sleep(_ANSWER_EVERY_S)
+
+    async def _answer(self, connection: Connection | None) -> Connection:
+        connection = connection or await self._connect(DATABASE)
+        await connection.execute("select 1")
+        return connection
 
     async def wait_ready(self) -> None:
         """Wait until it takes connections (a hot standby: until it is consistent)."""

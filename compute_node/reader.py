@@ -22,7 +22,7 @@ _log = structlog.get_logger(__name__)
 
 
 class Reader:
-    """The reader's duties, from the first consistent moment until a promotion.
+    """The reader's duties, from the start of its PostgreSQL until a promotion.
 
     It takes clients from when it has replayed all that was durable when it joined: nobody reads
     from it what was long past when he connected.
@@ -33,6 +33,7 @@ class Reader:
         self._parts = parts
         self._on_admitted = on_admitted
         self._lag = ReplayLag()
+        self._consistent = asyncio.Event()
         self._follower = Follower(
             parts.config.name, parts.fleet.volume, parts.source, self._progress
         )
@@ -52,6 +53,10 @@ class Reader:
     def writer_at(self, address: str | None) -> None:
         """Where the writer's agent listens, as far as the control plane knows."""
         self._follower.writer_at(address)
+
+    def consistent(self) -> None:
+        """PostgreSQL can be read from now on."""
+        self._consistent.set()
 
     async def follow(self, epoch: Epoch) -> None:
         """The writer of `epoch` has the volume: go on with its log."""
@@ -82,6 +87,7 @@ class Reader:
 
     async def _admit(self) -> None:
         source = self._parts.source
+        await self._consistent.wait()
         joined = await source.first_told()
         while self._lag.replayed < joined:
             await asyncio.sleep(_LOOK_S)

@@ -93,6 +93,8 @@ async def _forgotten(remote: Remote, name: str) -> None:
             if status.writer == name or time.monotonic() > deadline:
                 raise
             await asyncio.sleep(_POLL_S)
+        else:
+            return
 
 
 async def fail_over(config: ClusterConfig, target: str) -> control_pb2.FailoverResponse:

@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from bench.lag import Follower, Lag, Unseen
+from bench.lag import Follower, Lag, Unseen, Written, parse_written
 from boreal.errors import Unreachable
 from boreal.waiting import wait_until
 from tests.support.stock_postgres import stock_postgres
@@ -39,6 +39,17 @@ def test_ids_that_were_never_used_do_not_stop_it() -> None:
 def test_lag_of_commits() -> None:
     lag = Lag.of([n / 1000 for n in range(1, 101)], 500)
     assert (lag.commits, lag.p50_ms, lag.p99_ms, lag.worst_ms) == (100, 50, 99, 100)
+
+
+def test_what_pgbench_says_at_a_rate() -> None:
+    written = parse_written(
+        "number of transactions actually processed: 3000\n"
+        "number of failed transactions: 0 (0.000%)\n"
+        "latency average = 7.250 ms\n"
+        "rate limit schedule lag: avg 3.250 (max 61.600) ms\n"
+        "tps = 998.5 (without initial connection time)\n"
+    )
+    assert written == Written(commits=3000, tps=998.5, commit_ms=4.0, late_ms=3.25)
 
 
 def test_a_follower_sees_what_is_written() -> None:

@@ -21,10 +21,11 @@ import psutil
 import psycopg
 from grpc import aio
 
+from boreal.cluster import free_ports
 from boreal.rpc import compute_pb2, control_pb2
 from boreal.rpc.edge import make_server, volume_ref
 from boreal.types import VolumeId
-from tests.storage_node.node_process import NodeProcess, free_ports
+from tests.storage_node.node_process import NodeProcess
 
 VOLUME = VolumeId("agent-test")
 PASSWORD = "secret"
@@ -213,6 +214,8 @@ class Cluster:
         self.control = control
         self._address = address
         self.nodes = [NodeProcess(f"sn-{n}", home, address) for n in range(1, 7)]
+        for node in self.nodes:  # of ports that no outgoing connection is given meanwhile
+            node.log_port, node.frames_port, node.pages_port = free_ports(3)
         self.agents: dict[str, AgentProcess] = {}
 
     def add(self, name: str, *options: str) -> AgentProcess:

@@ -17,10 +17,10 @@ import pytest
 
 from boreal.errors import BelowLogStart, EngineError, Refused, Unreachable
 from boreal.quorum import Lineage, TimelineStart
-from boreal.types import Epoch, Lsn, Timeline, parse_lsn, wal_segment_start
+from boreal.types import PAGE_BYTES, Epoch, Lsn, Timeline, parse_lsn, wal_segment_start
 from compute_node import wire
 from compute_node.feed import Feed
-from compute_node.feed_session import timeline_after, timeline_history
+from compute_node.feed_session import MAX_DATA_BYTES, timeline_after, timeline_history
 from compute_node.replication_client import TimelineEnd, WalStream
 from tests.compute_node.stock_standby import FEED_PORT, StockStandby, stock_standby
 from tests.support.stock_postgres import StockPostgres, stock_postgres
@@ -292,6 +292,29 @@ async def test_a_timeline_is_streamed_to_its_end_then_the_next(tmp_path: Path) -
         ended = await asyncio.wait_for(rest, 5)
         assert ended == TimelineEnd(next_timeline=Timeline(3), switch=log.end)
         assert feed.standbys == ()
+
+
+async def test_no_message_cuts_a_record_within_a_page(tmp_path: Path) -> None:
+    """PostgreSQL decodes what it has of a page and does not look at that page again."""
+
+    class Watched(LogInMemory):
+        async def read(self, start: Lsn, end: Lsn) -> bytes:
+            ends.append(end)
+            return await super().read(start, end)
+
+    ends: list[Lsn] = []
+    log = Watched(7, Lsn(1000))
+    log.on_wal(Lsn(1000), bytes(4 * MAX_DATA_BYTES))
+    log.durable = log.end
+    async with asking(log, tmp_path) as (stream, _):
+        streaming = asyncio.create_task(
+            stream.stream(slot=SLOT, start=Lsn(1040), timeline=Timeline(1), on_wal=None)
+        )
+        await until(lambda: ends[-1:] == [log.end])
+        streaming.cancel()
+        await asyncio.wait([streaming])
+    assert len(ends) > 4
+    assert all(end % PAGE_BYTES == 0 for end in ends[:-1])
 
 
 @pytest.mark.parametrize(

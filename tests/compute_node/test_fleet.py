@@ -248,6 +248,18 @@ async def test_fence_and_adopt_take_four_and_wait_for_no_hung_node() -> None:
                 await asyncio.sleep(0.005)
 
 
+async def test_nobody_recovers_under_an_epoch_of_another_that_he_heard_of() -> None:
+    """A reader takes over newer epochs; what it does as a writer must not be done under one."""
+    async with six() as (fleet, nodes):
+        await fleet.fence(Epoch(4))
+        fleet.raise_epoch(Epoch(5))  # a page was refused, while recovery is under way
+        with pytest.raises(StaleEpoch):
+            await fleet.fence(Epoch(4))
+        with pytest.raises(StaleEpoch):
+            await fleet.adopt(Lineage.of([(1, LOG_START), (4, LOG_START)]))
+        assert all(node.state.promised == 4 for node in nodes if node.state.promised != 1)
+
+
 async def test_three_are_not_enough() -> None:
     async with six() as (fleet, nodes):
         for node in nodes[:3]:

@@ -13,12 +13,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from boreal.cluster import free_ports
 from boreal.errors import MalformedRequest, NotNow
 from boreal.rpc import control_pb2
 from boreal.rpc.edge import make_server
 from compute_node.reporting import Reporting
 from tests.compute_node.agent_kit import add_control, until
-from tests.storage_node.node_process import free_ports
 
 
 class Control:
@@ -55,7 +55,6 @@ class Node:
         request: control_pb2.ComputeHeartbeatRequest,
         answer: control_pb2.ComputeHeartbeatResponse,
     ) -> None:
-        assert request.pid == len(self.heard)
         self.heard.append(answer.order.reason)
         if answer.order.reason == "nonsense":
             raise MalformedRequest("it makes no sense")
@@ -74,9 +73,9 @@ async def serving(control: Control, port: int) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def reporting(port: int) -> AsyncIterator[tuple[Node, Reporting]]:
+async def reporting(port: int, *, every_s: float) -> AsyncIterator[tuple[Node, Reporting]]:
     node = Node()
-    line = Reporting(f"127.0.0.1:{port}", node, wait_ms=20_000, retry_s=0.01)
+    line = Reporting(f"127.0.0.1:{port}", node, every_s=every_s, wait_ms=20_000)
     task = asyncio.create_task(line.run())
     try:
         yield node, line
@@ -85,9 +84,9 @@ async def reporting(port: int) -> AsyncIterator[tuple[Node, Reporting]]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_a_call_is_always_under_way_and_an_answer_is_followed_by_the_next() -> None:
+async def test_an_answer_that_leaves_none_under_way_is_followed_by_another_call() -> None:
     control, (port,) = Control(), free_ports(1)
-    async with serving(control, port), reporting(port) as (node, _):
+    async with serving(control, port), reporting(port, every_s=60) as (node, _):
         for number in range(3):
             await until(lambda n=number: len(control.calls) == n + 1, "a call")  # type: ignore[misc]
             control.answers.put_nowait(str(number))
@@ -97,29 +96,39 @@ async def test_a_call_is_always_under_way_and_an_answer_is_followed_by_the_next(
         assert control.cut == 0
 
 
-async def test_news_do_not_wait_for_the_answer() -> None:
+async def test_calls_overlap_and_are_bounded() -> None:
     control, (port,) = Control(), free_ports(1)
-    async with serving(control, port), reporting(port) as (node, line):
+    async with serving(control, port), reporting(port, every_s=0.01) as (node, _):
+        await until(lambda: control.cut >= 3, "the oldest calls to be given up")
+        assert len(control.calls) - control.cut <= 6
+        control.answers.put_nowait("heard")
+        await until(lambda: node.heard == ["heard"], "the answer to one of them")
+
+
+async def test_news_do_not_wait_and_what_waits_goes_on_waiting() -> None:
+    control, (port,) = Control(), free_ports(1)
+    async with serving(control, port), reporting(port, every_s=60) as (node, line):
         await until(lambda: len(control.calls) == 1, "a call")
         line.news()
         await until(lambda: len(control.calls) == 2, "the call that tells the news")
-        await until(lambda: control.cut == 1, "the first call to be cut")
-        control.answers.put_nowait("heard")
-        await until(lambda: node.heard == ["heard"], "the answer")
+        assert control.cut == 0
+        control.answers.put_nowait("first")
+        control.answers.put_nowait("second")
+        await until(lambda: node.heard == ["first", "second"], "both answers")
 
 
 async def test_failures_and_nonsense_are_followed_by_another_try() -> None:
     control, (port,) = Control(), free_ports(1)
     for answer in (NotNow("busy"), "nonsense", "good"):
         control.answers.put_nowait(answer)
-    async with serving(control, port), reporting(port) as (node, _):
+    async with serving(control, port), reporting(port, every_s=0.05) as (node, _):
         await until(lambda: node.heard == ["nonsense", "good"], "both answers")
 
 
 async def test_a_control_plane_that_was_away_is_found_again() -> None:
     control, (port,) = Control(), free_ports(1)
-    async with reporting(port) as (node, _):
-        await asyncio.sleep(0.1)  # a few attempts that reach nobody
+    async with reporting(port, every_s=0.05) as (node, _):
+        await asyncio.sleep(0.2)  # a few attempts that reach nobody
         async with serving(control, port):
             control.answers.put_nowait("there")
             await until(lambda: node.heard == ["there"], "the answer")

@@ -11,6 +11,7 @@ import hashlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -307,3 +308,18 @@ async def test_bundles_by_grpc(node: NodeProcess) -> None:
     with pytest.raises(StaleEpoch), calling("node", "GetManifest"):
         await stub.GetManifest(stale, timeout=10)
     await channel.close(None)
+
+
+async def test_a_fence_tells_how_long_the_writer_was_silent(node: NodeProcess) -> None:
+    await started(node)
+    async with log_client(node.address) as client, lane_client(node.frames_port) as lane:
+        await client.create(1, START)
+        before = time.monotonic()
+        await lane.append(client.request(1, START, b""))
+        fences = [await client.fence(2) for _ in range(3)]
+        for fence in fences:
+            assert fence.writer_silent_ms <= (time.monotonic() - before) * 1000
+        with pytest.raises(StaleEpoch):
+            await lane.append(client.request(1, START, b""))
+        last = await client.fence(2)  # what it refused is no word of a writer's
+        assert last.writer_silent_ms >= fences[-1].writer_silent_ms
