@@ -36,7 +36,8 @@ _OPTIONS = [
     ("grpc.so_reuseport", 0),
     # A peer that was killed and restarted must be found again within a moment, not in two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # So long an attempt may take: on a busy machine a server needs some time to greet.
+    ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 500),
 ]
 
