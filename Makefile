@@ -9,7 +9,7 @@ ALONE  := tests/storage_node/redo/test_oracle.py tests/cluster tests/bench
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup up down test chaos oracle check format bench soak failover lag readers proto clean
+.PHONY: setup up down test long chaos oracle check format bench soak failover lag readers proto clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,9 @@ else
 	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(addprefix --ignore=,$(ALONE))
 	@$(BIN)/python -m pytest $(ALONE)
 endif
+
+long: setup        ## the tests that take too long for every run
+	@$(BIN)/python -m pytest -m long
 
 check: setup       ## format, lint, types, imports, stubs
 	@$(BIN)/ruff format --check --quiet .

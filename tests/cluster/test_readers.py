@@ -300,7 +300,7 @@ def _lives_anew(cluster: LocalCluster, name: str, former: str) -> bool:
 
 def test_a_reader_is_added_and_removed(cluster: LocalCluster) -> None:
     cluster.query(
-        "create table large as select n, repeat('y', 1000) b from generate_series(1, 10000) n"
+        "create table large as select n, repeat('y', 1000) b from generate_series(1, 15000) n"
     )
     size = cluster.query("select pg_relation_size('large')")[0][0]
     cluster.take_bundle()  # what is younger than the last one, a new reader replays, pages and all
@@ -311,8 +311,8 @@ def test_a_reader_is_added_and_removed(cluster: LocalCluster) -> None:
     assert cluster.query("select b from large where ctid = '(0,1)'", dsn) == [("y" * 1000,)]
     row = next(row for row in cluster.status()["compute"] if row["name"] == name)
     assert (row["role"], row["tier"]) == ("reader", 7)
-    assert stored_bytes(cluster.pgdata(name) / "base") < size // 3
-    assert cluster.query("select count(*) from large", dsn) == [(10_000,)]
+    assert stored_bytes(cluster.pgdata(name) / "base") < size // 2  # catalogs, for the most part
+    assert cluster.query("select count(*) from large", dsn) == [(15_000,)]
     cluster.boreal("remove-reader", name)
     assert set(cluster.instances) == before
     with pytest.raises(psycopg.OperationalError):

@@ -24,7 +24,7 @@ def test_a_while_of_steady_load(tmp_path: Path) -> None:
             [
                 *(sys.executable, "-m", "bench.soak", "--minutes=0.6", "--run-seconds=12"),
                 *("--sample-seconds=1", "--scale=3", "--clients=4"),
-                *("--retain-log-mib=32", "--bundle-seconds=3", "--flatness=0.4"),
+                *("--retain-log-mib=16", "--bundle-seconds=3", "--flatness=0.4"),
                 *(f"--dir={disk}", f"--results={tmp_path}"),
             ],
             capture_output=True,
