@@ -78,10 +78,12 @@ def test_it_measures_a_quorum_and_a_lone_server(disk: Path, tmp_path: Path) -> N
 
 
 def test_it_measures_boreal_with_and_without_its_page_processes(disk: Path, tmp_path: Path) -> None:
-    systems = "--systems=boreal,boreal-pages-stopped"
-    whole, stopped = measure(disk, tmp_path, "--clients=2", systems)
+    """And past its endpoint, which is no cluster of its own."""
+    systems = "--systems=boreal,boreal-pages-stopped,boreal-direct"
+    whole, stopped, direct = measure(disk, tmp_path, "--clients=2", systems)
     assert (whole["system"], stopped["system"]) == ("boreal", "boreal-pages-stopped")
-    for outcome in (whole, stopped):
+    assert direct["system"] == "boreal-direct"
+    for outcome in (whole, stopped, direct):
         assert outcome["drain_s"] is not None  # what was stopped was let go on
         assert copies(outcome) == pytest.approx(6, rel=0.05)
         for kind in ("walsender", "agent", "storage log"):
