@@ -159,9 +159,10 @@ async def test_no_transaction_begins_while_a_writer_makes_way(
 
 async def gone(pid: int) -> None:
     """Wait for a process to end."""
-    async with asyncio.timeout(20):
-        while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-            await asyncio.sleep(0.01)
+    with suppress(psutil.NoSuchProcess):
+        async with asyncio.timeout(20):
+            while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT, signal.SIGKILL])
