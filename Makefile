@@ -4,9 +4,9 @@ PYTHON ?= python3
 SEEDS  ?= 1,2,3,4,5,6,7,8,9,10
 MINUTES ?= 30
 VENV   := .venv
-# Tests that take the machine for themselves, and one that lists what it met.
 # A whole run gives a test that failed a second chance, and lists it (RERUN): look at those.
 AGAIN  := --reruns=1
+# Tests that take the machine for themselves, and one that lists what it met.
 ALONE  := tests/storage_node/redo/test_oracle.py tests/cluster tests/bench
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
