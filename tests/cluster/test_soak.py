@@ -1,8 +1,8 @@
 """Goal: under steady load a cluster keeps its size, and no transaction fails.
 
 Method: the short form of `make soak`, with little log retained and bundles taken often, so that a
-minute sees many rounds of what is collected. A node is so small then that one segment file of the
-log is a fifth of it: flat is what stays within 40 %.
+while sees many rounds of what is collected. A node is so small then that one segment file of the
+log is a fifth of it: flat is what stays within 40 %. (That log is dropped: test_log_kept.)
 """
 
 from __future__ import annotations
@@ -39,5 +39,3 @@ def test_a_while_of_steady_load(tmp_path: Path) -> None:
     assert found["holds"]
     assert len(found["verdict"]["flatness"]) == 6
     assert found["verdict"]["tps_mean"] > 0
-    logs = [sample["log_mib"]["sn-1"] for sample in found["samples"]]
-    assert min(logs) < max(logs), "nothing of the log was ever dropped"
