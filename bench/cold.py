@@ -6,8 +6,8 @@ Two figures, each on a compute node started anew, so that every page comes from 
 Prefetch, parallel workers and shared_buffers are as configured.
 
 *Random*: primary-key lookups over a prepared statement, one after the other, each on a heap page
-not read before. A page has received `--chain` changes since its base (every row but the one looked
-up was updated), so storage must redo as many records to make it. Before that, each lookup's way
+not read before. A page has received `--chain` records since its base (other rows were updated), so
+storage must redo as many to make it. Before that, each lookup's way
 through the index is read by a search between two neighbouring keys, which ends at the leaf without
 touching the heap; what is measured then is one miss of a heap page each. That warming is itself
 measured: nearly every search misses one leaf of the index, whose history is the index build's.
@@ -47,6 +47,8 @@ _SCALE_BYTES = 12.8 * 2**20
 """Of pgbench_accounts, for each unit of pgbench's scale."""
 _UPDATED_AT_ONCE = 50
 """Pages a transaction."""
+_RECORDS_AN_UPDATE = 2
+"""On the page the row was on, if that is full."""
 _FRESH_SHARE = 0.05
 """Of the table, at most, in the local files of a compute node that counts as fresh."""
 _SEED = 1
@@ -184,18 +186,19 @@ def _scan(boreal: Boreal) -> Scan:
 
 
 def _make_chains(boreal: Boreal, lookups: int, chain: int) -> tuple[list[int], int]:
-    """Change `lookups` pages `chain` times each; the key of a row on each that was left alone.
+    """Put `chain` records on each of `lookups` pages; keys of rows there that were left alone, and
+    how many records it was.
 
-    pgbench fills the table in the order of its keys, as many rows to each page. An update of a row
-    on a full page changes that page once and puts the row elsewhere.
+    pgbench fills the table in the order of its keys, as many rows to each page. A row on a full
+    page is locked before it is put elsewhere (heap_update, heapam.c): an update is two records.
     """
     with _connect(boreal.target) as connection:
         connection.execute("alter table pgbench_accounts set (autovacuum_enabled = off)")
         rows = _number(connection, "select count(*) from pgbench_accounts where ctid < '(1,0)'")
         pages = _number(connection, "select max(aid) from pgbench_accounts") // rows
         blocks = random.Random(_SEED).sample(range(pages), min(lookups, pages))
-        made = min(chain, rows - 1)
-        say(f"changing {len(blocks)} pages {made} times")
+        updates = chain // _RECORDS_AN_UPDATE
+        say(f"updating {updates} rows on each of {len(blocks)} pages")
         for at in range(0, len(blocks), _UPDATED_AT_ONCE):
             with connection.transaction():
                 for block in blocks[at : at + _UPDATED_AT_ONCE]:
@@ -203,9 +206,9 @@ def _make_chains(boreal: Boreal, lookups: int, chain: int) -> tuple[list[int], i
                     connection.execute(
                         "update pgbench_accounts set abalance = abalance + 1"
                         " where aid between %s and %s",
-                        (first, first + made - 1),
+                        (first, first + updates - 1),
                     )
-        return [block * rows + rows for block in blocks], made
+        return [block * rows + rows for block in blocks], updates * _RECORDS_AN_UPDATE
 
 
 def _timed(
@@ -228,7 +231,7 @@ def _timed(
 @click.command(context_settings={"show_default": True})
 @click.option("--mb", default=1024, type=click.IntRange(10), help="Size of the table, MiB.")
 @click.option("--lookups", default=2000, type=click.IntRange(10), help="Random reads.")
-@click.option("--chain", default=60, type=click.IntRange(0, 60), help="Changes to each page.")
+@click.option("--chain", default=64, type=click.IntRange(0, 100), help="Records on each page.")
 @click.option("--dir", "directory", default=DIRECTORY,
               type=click.Path(exists=True, file_okay=False, path_type=Path))  # fmt: skip
 @click.option("--results", default=RESULTS, type=click.Path(file_okay=False, path_type=Path))

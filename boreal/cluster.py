@@ -91,6 +91,11 @@ class ClusterConfig:
         return f"{HOST}:{self.control_port}"
 
     @property
+    def engine_dir(self) -> Path:
+        """What all compute nodes run: the page shim, PostgreSQL if it had to be copied."""
+        return self.data_dir / "engine"
+
+    @property
     def password_file(self) -> Path:
         """The master password by itself, for the compute node."""
         return self.data_dir / "master-password"

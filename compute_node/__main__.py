@@ -23,10 +23,9 @@ from compute_node.service import ComputeService
 async def serve(config: ComputeConfig) -> None:
     """Run the agent until SIGTERM or SIGINT."""
     config.data_dir.mkdir(parents=True, exist_ok=True)
-    reachable = config.data_dir / "engine"
-    reachable.mkdir(exist_ok=True)
-    engine = find_engine(reachable)
-    agent = Agent(config, engine, shim.build(reachable))
+    config.engine_dir.mkdir(parents=True, exist_ok=True)
+    engine = find_engine(config.engine_dir)
+    agent = Agent(config, engine, shim.build(config.engine_dir))
     server = make_server()
     compute_pb2_grpc.add_ComputeServicer_to_server(ComputeService(agent), server)
     server.add_insecure_port(f"{config.host}:{config.port}")
@@ -60,6 +59,12 @@ async def serve(config: ComputeConfig) -> None:
     type=click.Path(path_type=Path, exists=True),
     help="Holds the master user's password; used when the volume is created.",
 )
+@click.option(
+    "--engine-dir",
+    type=click.Path(path_type=Path),
+    help="Where the page shim is built, and PostgreSQL copied if it must be; compute nodes may "
+    "share one.  [default: engine in --data-dir]",
+)
 @click.option("--cache-size", type=int, default=0, help="Bytes of pages to keep; 0: no bound.")
 @click.option("--setting", multiple=True, metavar="NAME=VALUE", help="Further PostgreSQL settings.")
 def main(
@@ -71,6 +76,7 @@ def main(
     postgres_port: int,
     tier: int,
     password_file: Path,
+    engine_dir: Path | None,
     cache_size: int,
     setting: tuple[str, ...],
 ) -> None:
@@ -80,6 +86,7 @@ def main(
     config = ComputeConfig(
         name=InstanceName(name),
         data_dir=data_dir.absolute(),
+        engine_dir=(engine_dir or data_dir / "engine").absolute(),
         host=host,
         control=control,
         port=port,

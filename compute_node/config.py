@@ -24,6 +24,8 @@ class ComputeConfig:
 
     name: InstanceName
     data_dir: Path
+    engine_dir: Path
+    """The page shim, and a copy of PostgreSQL where its account cannot reach the original."""
     host: str
     control: str
     port: int

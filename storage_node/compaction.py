@@ -28,9 +28,9 @@ from storage_node.materialize import Materializer, Path
 from storage_node.retire import Retirement
 from storage_node.settle import QUIET_S, Settling
 from storage_node.shared_state import SharedState
+from storage_node.turns import Turns
 from storage_node.versions import version_row
 
-SLICE_S: Final = 0.002
 RECORDS_A_TURN: Final = 16
 VERSIONS_A_COMMIT: Final = 256
 """2 MiB at most."""
@@ -225,9 +225,12 @@ class Compaction:
         layer.hot.clear()
         rows: list[tuple[bytes, bytes]] = []
         self._materializer.longest_chain = 0
-        until = time.monotonic() + SLICE_S
-        least = 1 if self._settling.quiet else BUSY_LOOKS
+        turns = Turns()
+        quiet = self._settling.quiet
+        least = 1 if quiet else BUSY_LOOKS
         for key in [key for key, looks in self._candidates.items() if looks >= least]:
+            if quiet and not self._settling.quiet:
+                break  # the others have come up too seldom
             del self._candidates[key]
             path = self._long_path(key)
             while path is not None and not path.complete:
@@ -235,12 +238,12 @@ class Compaction:
                 if path is not None and path.complete:
                     rows.append(version_row(path.key, path.end, path.content))
                     self._counts.take(key, path.length)
-                if time.monotonic() >= until:
-                    await asyncio.sleep(0)
-                    until = time.monotonic() + SLICE_S
+                if turns.over:
+                    await turns.give_way(patient=quiet)
             if len(rows) >= VERSIONS_A_COMMIT:
                 await self._index.store(rows)
                 rows = []
+                turns.begin()
         if rows:
             await self._index.store(rows)
 

@@ -18,7 +18,6 @@ look for the version of each page.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterator
 from typing import Final
@@ -31,18 +30,18 @@ from storage_node.entries import page_key, page_of_key, start_of
 from storage_node.index import IndexView, PageIndex
 from storage_node.layer_file import SealedLayer, in_order
 from storage_node.materialize import Materializer, Path
+from storage_node.turns import Turns
 from storage_node.versions import Version, version_row
 
 QUIET_S: Final = 1.0
 """A volume is quiet when no log was indexed for so long."""
-SLICE_S: Final = 0.002
 RECORDS_A_TURN: Final = 16
 VERSIONS_A_COMMIT: Final = 256
 """2 MiB at most."""
 _LOOKS_A_COMMIT: Final = 65_536
 """Other work in the background gets its turn when so many pages were looked at."""
-_PAUSE_S: Final = 0.01
-"""After a slice during which pages were read: those who read them come first."""
+_REST_S: Final = 0.01
+"""After a turn during which pages were read, at least: those who read them come first."""
 _PARTS: Final = 16
 """The open layer is settled whenever such a part of what it can hold was added to it."""
 
@@ -86,6 +85,8 @@ class Settling:
         self._materializer = materializer
         self._chain_records = chain_records
         self._quiet_s = quiet_s
+        self._turns = Turns()
+        self._reads = 0
         self._indexed = Lsn(0)
         self._since = 0.0
         """When the index was first seen to reach no further than `_indexed`."""
@@ -135,10 +136,9 @@ class Settling:
 
     async def _give_way(self) -> None:
         """Let others have their turn, more of it when they read pages."""
-        reads = self._materializer.reads
-        await asyncio.sleep(0)
-        if self._materializer.reads != reads:
-            await asyncio.sleep(_PAUSE_S)
+        reads, self._reads = self._reads, self._materializer.reads
+        was_read = self._materializer.reads != reads
+        await self._turns.give_way(at_least_s=_REST_S if was_read else 0.0)
 
     # --- what ----------------------------------------------------------------------------------
 
@@ -178,11 +178,12 @@ class Settling:
     async def _make_versions(self, sweep: _Sweep) -> bool:
         """Make what one commit takes, unless log comes; whether that was the layer's last."""
         looks = 0
+        self._turns.begin()
         while len(self._rows) < VERSIONS_A_COMMIT and looks < _LOOKS_A_COMMIT:
             if self._disturbed():
                 return False
             try:
-                looked = self._slice(sweep)
+                looked = self._turn(sweep)
             except CorruptData as error:
                 _log.error("layer cannot be settled", error=error.message)
                 return True
@@ -192,12 +193,11 @@ class Settling:
             await self._give_way()
         return False
 
-    def _slice(self, sweep: _Sweep) -> int | None:
-        """Work for one slice, a page at least; the pages looked at, None if there are no more.
+    def _turn(self, sweep: _Sweep) -> int | None:
+        """Work for one turn, a page at least; the pages looked at, None if there are no more.
 
         CorruptData if the layer is damaged.
         """
-        until = time.monotonic() + SLICE_S
         looked = 0
         with self._index.view() as view:
             while len(self._rows) < VERSIONS_A_COMMIT:
@@ -209,7 +209,7 @@ class Settling:
                     sweep.path = self._look(sweep, view, key, entry)
                 if sweep.path is not None:
                     sweep.path = self._walk(view, sweep.path)
-                if time.monotonic() >= until:
+                if self._turns.over:
                     break
         return looked
 

@@ -118,6 +118,7 @@ def _compute_options(config: ClusterConfig, entry: InstanceEntry) -> tuple[str, 
     return (
         f"--name={entry.name}",
         f"--data-dir={config.data_dir / entry.name}",
+        f"--engine-dir={config.engine_dir}",
         f"--control={config.control_address}",
         f"--host={HOST}",
         f"--port={entry.agent_port}",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 
 def experiment(tmp_path: Path, name: str, *arguments: str) -> tuple[Any, str]:
@@ -45,7 +45,6 @@ def test_failovers(tmp_path: Path) -> None:
     assert found["looks"] > 0
 
 
-@pytest.mark.long
 def test_lag(tmp_path: Path) -> None:
     found, printed = experiment(
         tmp_path, "lag", "--rate=100", "--seconds=3", "--warm-up=1", "--clients=4"
@@ -56,7 +55,6 @@ def test_lag(tmp_path: Path) -> None:
     assert 0 < lag["p50_ms"] <= lag["p99_ms"]
 
 
-@pytest.mark.long
 def test_readers(tmp_path: Path) -> None:
     found, _ = experiment(tmp_path, "readers", "--mb=10", "--readers=1")
     (added,) = found["added"]

@@ -154,7 +154,7 @@ class LocalCluster:
     @property
     def engine(self) -> Engine:
         """The PostgreSQL it runs."""
-        return find_engine(self.directory / "db-1" / "engine")
+        return find_engine(self.config.engine_dir)
 
     def pid(self, name: str) -> int:
         """The pid of a process of the cluster."""

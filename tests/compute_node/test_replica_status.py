@@ -111,6 +111,7 @@ class PreparedPostgres(StockPostgres):
         config = ComputeConfig(
             name=InstanceName(NAME),
             data_dir=self.socket_directory,
+            engine_dir=self.socket_directory / "engine",
             host="",
             control="",
             port=0,

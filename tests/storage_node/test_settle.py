@@ -18,7 +18,7 @@ import pytest
 from boreal.errors import CorruptData, NotMaterializable
 from boreal.types import BlockNumber, Lsn, PageKey
 from boreal.wal import BlockRef, WalRecord
-from storage_node import settle
+from storage_node import turns
 from storage_node.entries import PAGE_KEY_BYTES
 from storage_node.index import IndexView, PageIndex, Tables
 from tests.storage_node.history import History, HistoryRedo, make_history
@@ -212,28 +212,28 @@ async def test_it_waits_while_log_comes_and_goes_on_after(tmp_path: Path, histor
 async def test_it_stops_when_log_comes(
     parts: Indexed, history: History, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settle, "SLICE_S", 0)  # a page each
+    monkeypatch.setattr(turns, "TURN_S", 0)  # a page each
     settling = parts.compaction._settling
     async with running(parts) as ingest:
         await ingest.wait_for(history.wal.end, WAIT_S)
         await settled(parts)
     settling.settled_to = Lsn(0)  # as after a restart
     await _until(lambda: settling.quiet)
-    # Log that comes while its first slice is under way.
+    # Log that comes while its first turn is under way.
     give_way = settling._give_way
-    slices = 0
+    taken = 0
 
     async def log_comes() -> None:
-        nonlocal slices
-        slices += 1
+        nonlocal taken
+        taken += 1
         parts.index.layer.end = Lsn(parts.index.layer.end + 8)
         await give_way()
 
     settling._give_way = log_comes  # type: ignore[method-assign]
     assert not await settling.run()
-    assert slices == 1
+    assert taken == 1
     assert not await settling.run()
-    assert slices == 1
+    assert taken == 1
 
 
 async def test_bursts_do_not_pile_up_versions(tmp_path: Path) -> None:

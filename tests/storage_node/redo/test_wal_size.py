@@ -32,6 +32,7 @@ def _production_settings(directory: Path, engine: Engine) -> dict[str, str]:
     config = ComputeConfig(
         name=InstanceName("db-1"),
         data_dir=directory,
+        engine_dir=directory / "engine",
         host="127.0.0.1",
         control="127.0.0.1:1",
         port=1,

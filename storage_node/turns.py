@@ -1,0 +1,64 @@
+"""Turns for work that has time: short, and rarer while others want the processor.
+
+Page reads and the ingest share the process with it, and get in between two turns. The other
+processes of the machine, maybe five more storage nodes among them, share its processors. A turn
+that took longer than it was at work had to wait for them, and is followed by a rest that many times
+as long. So six nodes with pages to settle leave most of a processor to whoever reads one, and a
+node that is alone works on without a rest.
+
+Work that must keep up with the log does not rest: it would fall behind just when there is most.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Final
+
+TURN_S: Final = 0.002
+_PATIENCE: Final = 4.0
+"""Rest for each second waited for a processor, or for the disk."""
+_LONGEST_REST_S: Final = 0.1
+
+
+class Turns:
+    """The turns of one task; each begins where the rest before it ended."""
+
+    def __init__(
+        self,
+        wall: Callable[[], float] = time.monotonic,
+        worked: Callable[[], float] = time.thread_time,
+    ) -> None:
+        """Clocks: of all time, and of this thread's at work. In seconds."""
+        self._wall = wall
+        self._worked = worked
+        self.begin()
+
+    def begin(self) -> None:
+        """A turn begins now: there was something else to do before."""
+        self._began = self._due = self._wall()
+        self._worked_before = self._worked()
+
+    @property
+    def over(self) -> bool:
+        """Whether it is time to give way."""
+        return self._wall() - self._began >= TURN_S
+
+    @property
+    def rest_s(self) -> float:
+        """How long to rest after this turn.
+
+        What it waited for is counted from when it was due: a turn is short enough to be left in
+        peace once it has begun.
+        """
+        waited = (self._wall() - self._due) - (self._worked() - self._worked_before)
+        return min(max(_PATIENCE * waited, 0.0), _LONGEST_REST_S)
+
+    async def give_way(self, *, patient: bool = True, at_least_s: float = 0.0) -> None:
+        """End the turn, and rest if there is time; return when the next turn begins."""
+        rest_s = max(self.rest_s if patient else 0.0, at_least_s)
+        self._due = self._wall() + rest_s
+        self._worked_before = self._worked()
+        await asyncio.sleep(rest_s)
+        self._began = self._wall()
