@@ -231,7 +231,7 @@ def _timed(
 @click.command(context_settings={"show_default": True})
 @click.option("--mb", default=1024, type=click.IntRange(10), help="Size of the table, MiB.")
 @click.option("--lookups", default=2000, type=click.IntRange(10), help="Random reads.")
-@click.option("--chain", default=64, type=click.IntRange(0, 100), help="Records on each page.")
+@click.option("--chain", default=32, type=click.IntRange(0, 100), help="Records on each page.")
 @click.option("--dir", "directory", default=DIRECTORY,
               type=click.Path(exists=True, file_okay=False, path_type=Path))  # fmt: skip
 @click.option("--results", default=RESULTS, type=click.Path(file_okay=False, path_type=Path))

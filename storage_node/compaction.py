@@ -36,9 +36,9 @@ VERSIONS_A_COMMIT: Final = 256
 """2 MiB at most."""
 CANDIDATES: Final = 100_000
 """Pages waiting for a look at their chains; more than that are met again."""
-BUSY_LOOKS: Final = 8
-"""So often a page comes up before it gets a version while the log grows: with chains of 64 it is
-256 records behind then, a few milliseconds for whoever reads it."""
+BUSY_LOOKS: Final = 16
+"""So often a page comes up before it gets a version while the log grows: with chains of 32 it is
+256 records behind then, some ten milliseconds for whoever reads it."""
 BUSY_PAUSE_S: Final = 1.0
 """Between two rounds of giving versions while the log grows. A page that is hot comes up in each,
 and what a round stores is a commit of its own."""

@@ -13,7 +13,7 @@ from storage_node.pressure import Pressure
 RETAIN_LOG_BYTES = 256 * 1024 * 1024
 """How much log below the floor a volume keeps before its pages are stored instead."""
 
-CHAIN_RECORDS = 64
+CHAIN_RECORDS = 32
 """How many records may lie between a page and its newest base."""
 
 _VOLUME_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")

@@ -78,10 +78,18 @@ def _from_rpc_error(error: aio.AioRpcError, peer: str, what: str) -> BorealError
 
 @contextmanager
 def calling(peer: str, what: str) -> Iterator[None]:
-    """Wrap stub calls: an RPC that fails raises the BorealError it stands for."""
+    """Wrap stub calls: an RPC that fails raises the BorealError it stands for.
+
+    gRPC loses a cancellation that reaches a task while its stream is being set up and fails by
+    itself. A caller who cancels waits for the task's end, so it is made good here.
+    """
+    task = asyncio.current_task()
+    before = 0 if task is None else task.cancelling()
     try:
         yield
     except aio.AioRpcError as error:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError from error
         raise _from_rpc_error(error, peer, what) from error
 
 

@@ -66,8 +66,10 @@ def ask(client: socket.socket, query: str) -> bytes:
 
 def sockets_of(pid: int) -> list[str]:
     """The sockets a process has open, by inode."""
-    folder = Path(f"/proc/{pid}/fd")
-    links = [str(entry.readlink()) for entry in folder.iterdir()]
+    links = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since it was listed
+            links.append(str(entry.readlink()))
     return sorted(link for link in links if link.startswith("socket:"))
 
 

@@ -8,6 +8,7 @@ one real channel to it; every class of the error tree goes through each.
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -29,7 +30,7 @@ from boreal.errors import (
     Unreachable,
 )
 from boreal.quorum import Lineage
-from boreal.rpc import common_pb2, storage_pb2, storage_pb2_grpc
+from boreal.rpc import common_pb2, compute_pb2, compute_pb2_grpc, storage_pb2, storage_pb2_grpc
 from boreal.rpc.edge import (
     calling,
     error_from_wire,
@@ -372,6 +373,38 @@ async def test_a_caller_that_gives_up_ends_the_handler() -> None:
             with pytest.raises(asyncio.CancelledError):
                 await task
             await ended.wait()
+
+
+async def test_a_cancellation_is_never_lost() -> None:
+    """At whatever moment of a call that fails it comes. Without help gRPC loses one in 25."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+
+        async def reports() -> AsyncIterator[compute_pb2.FollowerReport]:
+            yield compute_pb2.FollowerReport()
+            await asyncio.Event().wait()
+
+        async def again_and_again() -> None:
+            async with open_channel(address) as channel:
+                stub = compute_pb2_grpc.ComputeStub(channel)
+                while True:
+                    with suppress(BorealError), calling(address, "Follow"):
+                        call = stub.Follow(reports())
+                        try:
+                            await anext(aiter(call))
+                        finally:
+                            call.cancel()
+                    await asyncio.sleep(0)
+
+        chance = random.Random(5)
+        for _ in range(200):
+            task = asyncio.create_task(again_and_again())
+            await asyncio.sleep(0.01 * chance.random())
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                async with asyncio.timeout(_DEADLINE_S):
+                    await task
 
 
 async def test_a_connection_that_breaks_under_a_call_is_an_unknown_outcome() -> None:

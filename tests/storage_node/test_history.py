@@ -37,7 +37,9 @@ def _check(parts: Indexed, states: list[State]) -> None:
             assert differences(parts, state) == [], f"at {state.lsn:X}"
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 8))]
+)
 async def test_every_page_is_the_models(tmp_path: Path, seed: int) -> None:
     history = make_history(seed, LOG_BYTES, states=25)
     chance = history.random

@@ -16,9 +16,11 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from boreal.errors import ProcessFailed
 from boreal.frames import frame
 from boreal.rpc import control_pb2
 from boreal.types import WAL_SEGMENT_BYTES, Lsn
+from boreal.waiting import wait_until
 from storage_node.config import VolumeLayout
 from storage_node.pressure import Pressure
 from storage_node.shared_state import SharedState
@@ -62,7 +64,12 @@ class LaggingNode(NodeProcess):
 
     @property
     def page_process(self) -> psutil.Process:
-        (child,) = psutil.Process(self.pid).children()
+        def started() -> list[psutil.Process]:
+            return psutil.Process(self.pid).children()
+
+        (child,) = wait_until(
+            started, timeout_s=15, otherwise=lambda: ProcessFailed("it has no page process")
+        )
         return child
 
     @property
