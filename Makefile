@@ -4,8 +4,6 @@ PYTHON ?= python3
 SEEDS  ?= 1,2,3,4,5,6,7,8,9,10
 MINUTES ?= 30
 VENV   := .venv
-# A whole run gives a test that failed a second chance, and lists it (RERUN): look at those.
-AGAIN  := --reruns=1
 # Tests that take the machine for themselves, and one that lists what it met.
 ALONE  := tests/storage_node/redo/test_oracle.py tests/cluster tests/bench
 BIN    := $(VENV)/bin
@@ -32,8 +30,8 @@ test: setup        ## every test, or some (ARGS="tests/quorum -k name")
 ifdef ARGS
 	@$(BIN)/python -m pytest $(ARGS)
 else
-	@$(BIN)/python -m pytest $(AGAIN) --numprocesses=2 --dist=loadfile $(addprefix --ignore=,$(ALONE))
-	@$(BIN)/python -m pytest $(AGAIN) $(ALONE)
+	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(addprefix --ignore=,$(ALONE))
+	@$(BIN)/python -m pytest $(ALONE)
 endif
 
 long: setup        ## the tests that take too long for every run

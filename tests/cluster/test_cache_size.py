@@ -17,7 +17,7 @@ import pytest
 from tests.cluster.local import LocalCluster, local_cluster, until
 from tests.support.stock_postgres import stock_postgres
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 MB = 1024 * 1024
 BOUND = 32 * MB

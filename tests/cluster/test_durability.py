@@ -11,8 +11,10 @@ import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
+import google_crc32c
 import pytest
 
+from boreal.rpc import storage_pb2
 from boreal.types import parse_lsn
 from tests.cluster.local import NODES, LocalCluster, RecordingClient, check_ledgers, until
 
@@ -33,7 +35,7 @@ def test_a_lost_zone_goes_unnoticed_and_a_third_node_only_delays(cluster: LocalC
         output = initializing.communicate(timeout=120)[0]
         assert initializing.returncode == 0, output
     with (
-        cluster.pgbench("-n", "-c", "4", "-T", "20") as load,
+        cluster.pgbench("-n", "-c", "4", "-T", "10") as load,
         RecordingClient(cluster, "zone") as client,
     ):
         client.progress(20)
@@ -146,3 +148,29 @@ def test_a_bundle_waits_for_the_log_it_stands_on(cluster: LocalCluster) -> None:
         commit.result(timeout=10)
         end = bundle.result(timeout=10)
     assert parse_lsn(before["volume"]["vdl"]) < end <= parse_lsn(cluster.status()["volume"]["vdl"])
+
+
+def spoil_newest_bundle(cluster: LocalCluster) -> None:
+    """Take the control file out of it, on every node: it is whole, and nothing starts from it."""
+    for directory in cluster.directory.glob("sn-*/volumes/vol-*/bundles/manifests"):
+        newest = max(directory.iterdir(), default=None)
+        if newest is None:
+            continue  # of a volume whose creation was tried again
+        bundle = storage_pb2.BundleManifest.FromString(newest.read_bytes()[4:])
+        files = [file for file in bundle.files if file.path != "global/pg_control"]
+        assert len(files) == len(bundle.files) - 1
+        del bundle.files[:]
+        bundle.files.extend(files)
+        body = bundle.SerializeToString(deterministic=True)
+        newest.write_bytes(google_crc32c.value(body).to_bytes(4, "big") + body)
+
+
+def test_a_bundle_that_nothing_starts_from_is_not_the_end(cluster: LocalCluster) -> None:
+    cluster.query("create table kept (n int)")
+    for number in range(3):
+        cluster.query(f"insert into kept values ({number})")
+        cluster.take_bundle()
+    cluster.query("insert into kept values (3)")
+    spoil_newest_bundle(cluster)
+    cluster.boreal("kill", "db-1")
+    assert cluster.query("select sum(n) from kept") == [(6,)]

@@ -6,9 +6,8 @@ status` read for where each node's log begins.
 
 from __future__ import annotations
 
-import google_crc32c
+import pytest
 
-from boreal.rpc import storage_pb2
 from boreal.types import WAL_SEGMENT_BYTES, parse_lsn
 from tests.cluster.local import (
     NODES,
@@ -56,33 +55,8 @@ def scl(cluster: LocalCluster, name: str) -> int:
     return parse_lsn(node["scl"])
 
 
-def spoil_newest_bundle(cluster: LocalCluster) -> None:
-    """Take the control file out of it, on every node: it is whole, and nothing starts from it."""
-    for directory in cluster.directory.glob("sn-*/volumes/vol-*/bundles/manifests"):
-        newest = max(directory.iterdir(), default=None)
-        if newest is None:
-            continue  # of a volume whose creation was tried again
-        bundle = storage_pb2.BundleManifest.FromString(newest.read_bytes()[4:])
-        files = [file for file in bundle.files if file.path != "global/pg_control"]
-        assert len(files) == len(bundle.files) - 1
-        del bundle.files[:]
-        bundle.files.extend(files)
-        body = bundle.SerializeToString(deterministic=True)
-        newest.write_bytes(google_crc32c.value(body).to_bytes(4, "big") + body)
-
-
-def test_a_bundle_that_nothing_starts_from_is_not_the_end() -> None:
-    with local_cluster() as cluster:
-        cluster.query("create table kept (n int)")
-        for number in range(3):
-            cluster.query(f"insert into kept values ({number})")
-            cluster.take_bundle()
-        cluster.query("insert into kept values (3)")
-        spoil_newest_bundle(cluster)
-        cluster.boreal("kill", "db-1")
-        assert cluster.query("select sum(n) from kept") == [(6,)]
-
-
+@pytest.mark.long
+@pytest.mark.timeout(300)
 def test_log_is_dropped_once_nobody_needs_it_and_not_before() -> None:
     with local_cluster("--retain-log-mib=16") as cluster:
         cluster.query("create table ledger (client text, n int)")

@@ -22,7 +22,7 @@ def test_a_while_of_steady_load(tmp_path: Path) -> None:
         Path(disk).chmod(0o711)
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "bench.soak", "--minutes=0.6", "--run-seconds=12"),
+                *(sys.executable, "-m", "bench.soak", "--minutes=0.4", "--run-seconds=8"),
                 *("--sample-seconds=1", "--scale=3", "--clients=4"),
                 *("--retain-log-mib=16", "--bundle-seconds=3", "--flatness=0.4"),
                 *(f"--dir={disk}", f"--results={tmp_path}"),
