@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -149,25 +150,46 @@ def would_wait(path: Path, redo: Lsn, end: Lsn, timeline: Timeline) -> bool:
     return overflowed
 
 
-async def restore(manifest: BundleManifest, fleet: Fleet, path: Path, engine: Engine) -> int:
-    """Lay out `path` (empty, existing) from a bundle; return the bytes written.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """What it took to lay out a PGDATA."""
+
+    bytes_written: int
+    relations_ms: int
+    """Until storage had told the sizes of all relations, which waits for its index."""
+    contents_ms: int
+    """Then, until all files were there."""
+    written_ms: int
+
+
+async def restore(manifest: BundleManifest, fleet: Fleet, path: Path, engine: Engine) -> Restored:
+    """Lay out `path` (empty, existing) from a bundle.
 
     Afterwards it holds a standby that needs only a feed and a page service. Relation files are
     sparse: their length is right, their content comes on demand.
     """
+    began = time.monotonic()
     relations = await fleet.list_relations(manifest.redo)
+    listed = time.monotonic()
     contents = await _fetch(fleet, {file.sha256 for file in manifest.files if file.sha256})
 
-    def lay_out() -> int:
+    fetched = time.monotonic()
+
+    def lay_out() -> None:
         for file in manifest.files:
             _place(path, file, contents, engine)
         for fork, blocks in relations.items():
             if fork.fork is not Fork.FSM:
                 _make_sparse(path, fork, blocks, engine)
         _write(path / "standby.signal", b"", 0o600, engine)
-        return sum(file.size_bytes for file in manifest.files)
 
-    return await asyncio.to_thread(lay_out)
+    await asyncio.to_thread(lay_out)
+    return Restored(
+        bytes_written=sum(file.size_bytes for file in manifest.files),
+        relations_ms=round(1000 * (listed - began)),
+        contents_ms=round(1000 * (fetched - listed)),
+        written_ms=round(1000 * (time.monotonic() - fetched)),
+    )
 
 
 async def _fetch(fleet: Fleet, digests: set[bytes]) -> dict[bytes, bytes]:

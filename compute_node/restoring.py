@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 
 import structlog
 
@@ -48,14 +49,14 @@ async def _restore(
     view = view_log(await fleet.positions())
     manifest = await _choose(fleet, choice)
     fleet.follow_lineage(view.lineage.last.epoch)
-    written = await bundle.restore(manifest, fleet, config.pgdata, engine)
+    restored = await bundle.restore(manifest, fleet, config.pgdata, engine)
     write_configuration(config, engine)
     _log.info(
         "restored",
         redo=format_lsn(manifest.redo),
         end=format_lsn(manifest.end),
-        bytes=written,
         files=len(manifest.files),
+        **asdict(restored),
     )
     return manifest, LogSource(fleet, view, durable=manifest.end)
 

@@ -121,6 +121,7 @@ class Compaction:
         self._settling = Settling(
             index=index, materializer=materializer, chain_records=self._long, quiet_s=quiet_s
         )
+        retirement.has_time = lambda: self._settling.quiet
         self._idle_s = min(_IDLE_S, quiet_s)
         self._counts = ChainCounts(self._long)
         self._candidates: dict[bytes, int] = {}

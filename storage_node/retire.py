@@ -13,9 +13,7 @@ done again is the same again.
 
 from __future__ import annotations
 
-import asyncio
 import heapq
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import attrgetter
@@ -31,9 +29,9 @@ from storage_node.index import IndexView, PageIndex
 from storage_node.layer_file import PageEntries, SealedLayer
 from storage_node.materialize import Materializer, Path
 from storage_node.trim_facts import finish_copy, trim
+from storage_node.turns import Turns
 from storage_node.versions import Refusal, refusal_row, version_row
 
-SLICE_S: Final = 0.002
 RECORDS_A_TURN: Final = 16
 VERSIONS_A_COMMIT: Final = 256
 """2 MiB at most."""
@@ -69,8 +67,11 @@ class Retirement:
         self._materializer = materializer
         self._floor = floor
         self._retain_bytes = retain_bytes
+        self._turns = Turns()
         self._rows: list[tuple[bytes, bytes]] = []
         self._superseded: list[tuple[bytes, int]] = []
+        self.has_time: Callable[[], bool] = lambda: False
+        """Whether the log is quiet: if not, what is retired must keep up with what comes."""
         self.refused = 0
         """Pages that could not be made and are refused from then on, since this process began."""
 
@@ -114,21 +115,25 @@ class Retirement:
 
     async def _store_pages(self, job: _Job) -> None:
         """Store every page that needs it."""
+        self._turns.begin()
         while not job.all_looked_at:
             path = self._next_path(job)
             if path is not None:
                 await self._make(job, path)
+            await self._give_way()
             await self._commit(VERSIONS_A_COMMIT)
-            await asyncio.sleep(0)
         await self._commit(0)
 
+    async def _give_way(self) -> None:
+        if self._turns.over:
+            await self._turns.give_way(patient=self.has_time())
+
     def _next_path(self, job: _Job) -> Path | None:
-        """The way to the next page that needs a version, if one comes up in time."""
-        until = time.monotonic() + SLICE_S
+        """The way to the next page that needs a version, if one comes up in this turn."""
         with self._index.view() as view:
             for key, entry in job.pages:
                 path = self._look(job, view, key, entry)
-                if path is not None or time.monotonic() >= until:
+                if path is not None or self._turns.over:
                     return path
         job.all_looked_at = True
         return None
@@ -161,8 +166,7 @@ class Retirement:
         try:
             while not path.complete:
                 self._materializer.walk(path, RECORDS_A_TURN)
-                if not path.complete:
-                    await asyncio.sleep(0)
+                await self._give_way()
         except NotMaterializable as error:
             self._refuse(job, path.key, Refusal.UNKNOWN_RECORD, error.details.get("lsn", 0))
         except RedoFailed:
@@ -191,6 +195,7 @@ class Retirement:
         superseded, self._superseded = self._superseded, []
         if rows or superseded:
             await self._index.store(rows, superseded)
+            self._turns.begin()
 
     # --- copied databases ----------------------------------------------------------------------
 
@@ -209,8 +214,8 @@ class Retirement:
                         PageKey(copied, BlockNumber(block)),
                         Lsn(lsn),
                     )
+                    await self._give_way()
                     await self._commit(VERSIONS_A_COMMIT)
-                    await asyncio.sleep(0)
             await self._commit(0)
             await finish_copy(self._index, lsn, copy, sizes)
             _log.info("database copied", database=copy[1], pages=sum(sizes.values()))

@@ -6,7 +6,7 @@ that took longer than it was at work had to wait for them, and is followed by a 
 as long. So six nodes with pages to settle leave most of a processor to whoever reads one, and a
 node that is alone works on without a rest.
 
-Work that must keep up with the log does not rest: it would fall behind just when there is most.
+While log comes, work that must keep up with it does not rest: it would fall behind just then.
 """
 
 from __future__ import annotations

@@ -177,7 +177,12 @@ class Mover(threading.Thread):
         self._stopping.wait(0.2)
 
 
-def test_a_snapshot_on_a_reader_stays_what_it_is(cluster: LocalCluster) -> None:
+@pytest.mark.parametrize(
+    "load_s", [_LOAD_S, pytest.param(180.0, marks=[pytest.mark.long, pytest.mark.timeout(400)])]
+)
+def test_a_snapshot_on_a_reader_stays_what_it_is(cluster: LocalCluster, load_s: float) -> None:
+    """Those of many short transactions, and one on each reader that lasts all the time."""
+    cluster.query("drop table if exists accounts")
     cluster.query("create table accounts (id int primary key, amount int, moved int default 0)")
     cluster.query("create index on accounts (amount)")
     cluster.query(f"insert into accounts select n, 100 from generate_series(1, {_ACCOUNTS}) n")
@@ -190,10 +195,18 @@ def test_a_snapshot_on_a_reader_stays_what_it_is(cluster: LocalCluster) -> None:
             stack.enter_context(cluster.connect(cluster.dsn_of(name)))
             for name in cluster.reader_names()
         ]
+        lasting = [
+            stack.enter_context(cluster.connect(cluster.dsn_of(name)))
+            for name in cluster.reader_names()
+        ]
+        for session in lasting:
+            session.execute("begin transaction isolation level repeatable read")
+        first = [session.execute(_DIGEST.encode()).fetchall() for session in lasting]
         moved: list[int] = []
-        deadline = time.monotonic() + _LOAD_S
+        deadline = time.monotonic() + load_s
         while time.monotonic() < deadline:
             moved += map(_look_at_one_moment, sessions)
+            assert [session.execute(_DIGEST.encode()).fetchall() for session in lasting] == first
     assert len(set(moved)) > 3, "the readers never saw anything move"
     assert all(mover.moves > 3 for mover in movers)
     await_replay(cluster)

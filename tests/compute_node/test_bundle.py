@@ -110,9 +110,9 @@ async def test_a_directory_comes_back_as_it_was(source: Path, target: Path) -> N
     async with six() as (fleet, _nodes):
         await bundle_of(source).store(fleet)
         manifest = await fleet.latest_bundle()
-        written = await restore(manifest, fleet, target, ENGINE)
+        restored = await restore(manifest, fleet, target, ENGINE)
     assert read_back(target) == {**FILES, "standby.signal": b""}
-    assert written == sum(map(len, FILES.values()))
+    assert restored.bytes_written == sum(map(len, FILES.values()))
     assert (manifest.redo, manifest.end, manifest.timeline) == (REDO, END, 2)
     assert manifest.epoch == fleet.epoch
 
