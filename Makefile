@@ -9,6 +9,9 @@ ALONE  := tests/storage_node/redo/test_oracle.py tests/cluster tests/bench
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+# A cluster is many short-lived Pythons: each would compile all of Boreal again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup up down test long chaos oracle check format bench soak failover lag readers proto clean
 
 setup: $(STAMP)
