@@ -1,6 +1,6 @@
 """`make readers`: how soon does a new reader answer, and what does it keep of the database?
 
-On a filled database one reader after the other is added by `boreal add-reader`. Timed is, from the
+On a filled database whose pages are stored one reader after the other is added by `boreal add-reader`. Timed is, from the
 start of that command, the first answer at the new instance's own port: a row by its key. Right
 afterwards is counted what the reader has on disk. At the end every instance is asked once more, and
 the memory of all of them is told.
@@ -18,7 +18,16 @@ import psutil
 
 from bench import load
 from bench.session import Session
-from bench.single import DIRECTORY, RESULTS, boreal_alone, drain, say, told_in_words, write_result
+from bench.single import (
+    DIRECTORY,
+    RESULTS,
+    boreal_alone,
+    drain,
+    say,
+    settle,
+    told_in_words,
+    write_result,
+)
 from bench.systems import Boreal
 from boreal import cluster, process_tree
 from boreal.engine import Engine
@@ -47,6 +56,10 @@ class Added:
 class Measured:
     """One run."""
 
+    settle_s: float | None
+    """From when the database was filled until its pages were stored; None: they were not in time.
+
+    A machine that is still at it takes twice as long to add a reader."""
     database_bytes: int
     added: Sequence[Added]
     memory_bytes: dict[str, int]
@@ -58,6 +71,8 @@ def measure(engine: Engine, boreal: Boreal, *, scale: int, readers: int) -> Meas
     say(f"filling at scale {scale}")
     load.fill(engine, boreal.target, scale, 300 + 60 * scale)
     drain(boreal)
+    say("waiting for the pages to be stored")
+    settle_s = settle(boreal)
     with Session(boreal.target.dsn, patience_s=_BOUND_S) as session:
         ((size,),) = session.query("select pg_database_size(current_database())")
     added = []
@@ -69,6 +84,7 @@ def measure(engine: Engine, boreal: Boreal, *, scale: int, readers: int) -> Meas
         if not _answers(config.instance_dsn(name), 2):
             raise ProcessFailed(f"{name} does not answer")
     return Measured(
+        settle_s=settle_s,
         database_bytes=int(str(size)),
         added=added,
         memory_bytes={name: _memory_bytes(boreal.pids()[name]) for name in config.instance_names},
