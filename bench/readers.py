@@ -1,9 +1,9 @@
 """`make readers`: how soon does a new reader answer, and what does it keep of the database?
 
-On a filled database whose pages are stored one reader after the other is added by `boreal add-reader`. Timed is, from the
-start of that command, the first answer at the new instance's own port: a row by its key. Right
-afterwards is counted what the reader has on disk. At the end every instance is asked once more, and
-the memory of all of them is told.
+On a filled database whose pages are stored one reader after the other is added by `boreal
+add-reader`. Timed is, from the start of that command, the first answer at the new instance's own
+port: a row by its key. Right afterwards is counted what the reader has on disk. At the end every
+instance is asked once more, and the memory of all of them is told.
 """
 
 from __future__ import annotations
