@@ -226,7 +226,7 @@ class Compaction:
         layer.hot.clear()
         rows: list[tuple[bytes, bytes]] = []
         self._materializer.longest_chain = 0
-        turns = Turns()
+        turns = Turns(lambda: self._materializer.reads)
         quiet = self._settling.quiet
         least = 1 if quiet else BUSY_LOOKS
         for key in [key for key, looks in self._candidates.items() if looks >= least]:

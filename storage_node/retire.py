@@ -67,7 +67,7 @@ class Retirement:
         self._materializer = materializer
         self._floor = floor
         self._retain_bytes = retain_bytes
-        self._turns = Turns()
+        self._turns = Turns(lambda: materializer.reads)
         self._rows: list[tuple[bytes, bytes]] = []
         self._superseded: list[tuple[bytes, int]] = []
         self.has_time: Callable[[], bool] = lambda: False

@@ -40,8 +40,6 @@ VERSIONS_A_COMMIT: Final = 256
 """2 MiB at most."""
 _LOOKS_A_COMMIT: Final = 65_536
 """Other work in the background gets its turn when so many pages were looked at."""
-_REST_S: Final = 0.01
-"""After a turn during which pages were read, at least: those who read them come first."""
 _PARTS: Final = 16
 """The open layer is settled whenever such a part of what it can hold was added to it."""
 
@@ -85,8 +83,7 @@ class Settling:
         self._materializer = materializer
         self._chain_records = chain_records
         self._quiet_s = quiet_s
-        self._turns = Turns()
-        self._reads = 0
+        self._turns = Turns(lambda: materializer.reads)
         self._indexed = Lsn(0)
         self._since = 0.0
         """When the index was first seen to reach no further than `_indexed`."""
@@ -133,12 +130,6 @@ class Settling:
 
     def _disturbed(self) -> bool:
         return self._index.indexed != self._indexed
-
-    async def _give_way(self) -> None:
-        """Let others have their turn, more of it when they read pages."""
-        reads, self._reads = self._reads, self._materializer.reads
-        was_read = self._materializer.reads != reads
-        await self._turns.give_way(at_least_s=_REST_S if was_read else 0.0)
 
     # --- what ----------------------------------------------------------------------------------
 
@@ -190,7 +181,7 @@ class Settling:
             if looked is None:
                 return True
             looks += looked
-            await self._give_way()
+            await self._turns.give_way()
         return False
 
     def _turn(self, sweep: _Sweep) -> int | None:

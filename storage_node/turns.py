@@ -4,7 +4,8 @@ Page reads and the ingest share the process with it, and get in between two turn
 processes of the machine, maybe five more storage nodes among them, share its processors. A turn
 that took longer than it was at work had to wait for them, and is followed by a rest that many times
 as long. So six nodes with pages to settle leave most of a processor to whoever reads one, and a
-node that is alone works on without a rest.
+node that is alone works on without a rest. A turn during which pages were read is followed by a
+longer one: who read a page may well read another.
 
 While log comes, work that must keep up with it does not rest: it would fall behind just then.
 """
@@ -20,6 +21,7 @@ TURN_S: Final = 0.002
 _PATIENCE: Final = 4.0
 """Rest for each second waited for a processor, or for the disk."""
 _LONGEST_REST_S: Final = 0.1
+_REST_FROM_READS_S: Final = 0.05
 
 
 class Turns:
@@ -27,10 +29,13 @@ class Turns:
 
     def __init__(
         self,
+        reads: Callable[[], int],
         wall: Callable[[], float] = time.monotonic,
         worked: Callable[[], float] = time.thread_time,
     ) -> None:
-        """Clocks: of all time, and of this thread's at work. In seconds."""
+        """`reads` counts the pages read; clocks: of all time, and of this thread's at work (s)."""
+        self._reads = reads
+        self._reads_before = reads()
         self._wall = wall
         self._worked = worked
         self.begin()
@@ -53,12 +58,14 @@ class Turns:
         peace once it has begun.
         """
         waited = (self._wall() - self._due) - (self._worked() - self._worked_before)
-        return min(max(_PATIENCE * waited, 0.0), _LONGEST_REST_S)
+        least = 0.0 if self._reads() == self._reads_before else _REST_FROM_READS_S
+        return min(max(_PATIENCE * waited, least), _LONGEST_REST_S)
 
-    async def give_way(self, *, patient: bool = True, at_least_s: float = 0.0) -> None:
+    async def give_way(self, *, patient: bool = True) -> None:
         """End the turn, and rest if there is time; return when the next turn begins."""
-        rest_s = max(self.rest_s if patient else 0.0, at_least_s)
+        rest_s = self.rest_s if patient else 0.0
         self._due = self._wall() + rest_s
         self._worked_before = self._worked()
+        self._reads_before = self._reads()
         await asyncio.sleep(rest_s)
         self._began = self._wall()

@@ -220,7 +220,7 @@ async def test_it_stops_when_log_comes(
     settling.settled_to = Lsn(0)  # as after a restart
     await _until(lambda: settling.quiet)
     # Log that comes while its first turn is under way.
-    give_way = settling._give_way
+    give_way = settling._turns.give_way
     taken = 0
 
     async def log_comes() -> None:
@@ -229,7 +229,7 @@ async def test_it_stops_when_log_comes(
         parts.index.layer.end = Lsn(parts.index.layer.end + 8)
         await give_way()
 
-    settling._give_way = log_comes  # type: ignore[method-assign]
+    settling._turns.give_way = log_comes  # type: ignore[method-assign,assignment]
     assert not await settling.run()
     assert taken == 1
     assert not await settling.run()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from storage_node.turns import TURN_S, Turns
@@ -15,9 +17,9 @@ class Clock:
         return self.now
 
 
-def turns() -> tuple[Turns, Clock, Clock]:
+def turns(reads: Callable[[], int] = lambda: 0) -> tuple[Turns, Clock, Clock]:
     wall, worked = Clock(), Clock()
-    return Turns(wall, worked), wall, worked
+    return Turns(reads, wall, worked), wall, worked
 
 
 def test_alone_it_never_rests() -> None:
@@ -44,6 +46,17 @@ def test_a_rest_is_bounded() -> None:
     mine, wall, _ = turns()
     wall.now += 3600
     assert 0 < mine.rest_s < 1
+
+
+async def test_it_rests_longer_while_pages_are_read() -> None:
+    reads = [0]
+    mine, wall, worked = turns(lambda: reads[0])
+    for clock in (wall, worked):
+        clock.now += 1.5 * TURN_S
+    reads[0] += 1
+    assert mine.rest_s > 10 * TURN_S
+    await mine.give_way()
+    assert mine.rest_s == 0
 
 
 async def test_a_turn_begins_after_the_rest() -> None:
