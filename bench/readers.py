@@ -59,7 +59,7 @@ class Measured:
     settle_s: float | None
     """From when the database was filled until its pages were stored; None: they were not in time.
 
-    A machine that is still at it takes twice as long to add a reader."""
+    While they are being stored it takes two to three times as long to add a reader."""
     database_bytes: int
     added: Sequence[Added]
     memory_bytes: dict[str, int]

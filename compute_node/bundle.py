@@ -172,7 +172,6 @@ async def restore(manifest: BundleManifest, fleet: Fleet, path: Path, engine: En
     relations = await fleet.list_relations(manifest.redo)
     listed = time.monotonic()
     contents = await _fetch(fleet, {file.sha256 for file in manifest.files if file.sha256})
-
     fetched = time.monotonic()
 
     def lay_out() -> None:

@@ -111,7 +111,7 @@ class Materializer:
         pages are when pages are read in order. What is indexed never changes."""
         self._record_bytes = 0
         self.reads = 0
-        """Calls of `page`. Grows."""
+        """Calls of `pages`, by which readers come; the node's own work uses `page`. Grows."""
         self.longest_chain = 0
         """The most records that lay between a page asked for and its base. Set it back at will."""
 
@@ -138,7 +138,6 @@ class Materializer:
         Raises NotMaterializable where redo does not know a record on its path, CorruptData or
         CorruptWal where something it rests on is damaged. `lsn` must be within what is indexed.
         """
-        self.reads += 1
         size = view.size(page.relation, lsn)
         if size is None or page.block >= size:
             return None

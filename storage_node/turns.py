@@ -33,7 +33,7 @@ class Turns:
         wall: Callable[[], float] = time.monotonic,
         worked: Callable[[], float] = time.thread_time,
     ) -> None:
-        """`reads` counts the pages read; clocks: of all time, and of this thread's at work (s)."""
+        """`reads` counts calls that read pages. Clocks (s): of all time; of work here."""
         self._reads = reads
         self._reads_before = reads()
         self._wall = wall

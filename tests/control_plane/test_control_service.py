@@ -1,31 +1,27 @@
 """The control plane over gRPC, as members and people see it.
 
-Method: the real process, killed and started again on the same directory; and the service in this
-process with a clock of its own, for what depends on time.
+Method: the service in this process, with a clock of its own for what depends on time. (Its own
+process, killed and started again: test_control_process.py.)
 """
 
 from __future__ import annotations
 
 import asyncio
-import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from boreal.cluster import free_ports
 from boreal.errors import (
     BadUsage,
     Failed,
     MalformedRequest,
     NotNow,
     Refused,
-    UnknownOutcome,
-    Unreachable,
 )
-from boreal.rpc import common_pb2, compute_pb2, control_pb2, control_pb2_grpc
+from boreal.rpc import compute_pb2, control_pb2, control_pb2_grpc
 from boreal.rpc.edge import calling, make_server, open_channel
 from boreal.types import VolumeId
 from control_plane import service as service_module
@@ -33,132 +29,10 @@ from control_plane.coordinator import Coordinator
 from control_plane.pulse import Pulse
 from control_plane.service import ControlService
 from control_plane.state import ControlState
+from tests.control_plane.members import Instance, Members, ordered, until
 
 Order = control_pb2.Order
 Event = control_pb2.Event
-
-
-class Instance:
-    """Plays one compute node at a control plane's door."""
-
-    def __init__(self, stub: control_pb2_grpc.ControlAsyncStub, name: str) -> None:
-        self.stub = stub
-        self.name = name
-        self.incarnation = f"{name} first"
-        self.state: compute_pb2.ComputeState.ValueType = compute_pb2.WAITING
-        self.known: control_pb2.Order | None = None
-
-    def request(self, wait_ms: int = 0) -> control_pb2.ComputeHeartbeatRequest:
-        number = int(self.name[3:])
-        return control_pb2.ComputeHeartbeatRequest(
-            address=f"host-{number}:1",
-            postgres_port=5000 + number,
-            pid=76 + number,
-            status=compute_pb2.ComputeStatus(
-                instance=self.name,
-                incarnation=self.incarnation,
-                state=self.state,
-                vdl=3,
-                takes_clients=self.state in {compute_pb2.READER, compute_pb2.WRITER},
-                handover=f"/run/{self.name}",
-                tier=number,
-            ),
-            known=self.known,
-            wait_ms=wait_ms,
-        )
-
-    async def call(self, wait_ms: int = 0) -> control_pb2.ComputeHeartbeatResponse:
-        with calling("control", "ComputeHeartbeat"):
-            answer = await self.stub.ComputeHeartbeat(self.request(wait_ms), timeout=10)
-        self.known = answer.order
-        return answer
-
-    async def report(
-        self, state: compute_pb2.ComputeState.ValueType | None = None
-    ) -> control_pb2.Order:
-        self.state = self.state if state is None else state
-        return (await self.call()).order
-
-    async def start_over(self) -> control_pb2.Order:
-        self.incarnation += " and next"
-        self.known = None
-        return await self.report(compute_pb2.WAITING)
-
-
-class Members:
-    """Plays six storage nodes and up to three compute nodes."""
-
-    def __init__(self, stub: control_pb2_grpc.ControlAsyncStub) -> None:
-        self.stub = stub
-        self.one, self.two, self.three = (Instance(stub, f"db-{n}") for n in (1, 2, 3))
-
-    async def storage(self, number: int, *volumes: str) -> list[str]:
-        node = control_pb2.StorageNode(
-            name=f"sn-{number}",
-            zone="abc"[(number - 1) // 2 % 3],
-            addresses=control_pb2.StorageAddresses(
-                log=f"h:{number}1", frames=f"h:{number}2", pages=f"h:{number}3"
-            ),
-        )
-        request = control_pb2.StorageHeartbeatRequest(
-            node=node,
-            incarnation="i",
-            pid=number,
-            segments=[
-                control_pb2.SegmentReport(volume_id=volume, promised_epoch=1, scl=9)
-                for volume in volumes
-            ],
-        )
-        with calling("control", "StorageHeartbeat"):
-            answer = await self.stub.StorageHeartbeat(request, timeout=5)
-        return [member.name for member in answer.members]
-
-    async def all_storage(self) -> None:
-        for number in range(1, 7):
-            await self.storage(number)
-
-    async def created(self, volume: common_pb2.VolumeRef) -> None:
-        request = control_pb2.VolumeCreatedRequest(
-            volume=volume, instance="db-1", system_identifier=2**64 - 1
-        )
-        with calling("control", "VolumeCreated"):
-            await self.stub.VolumeCreated(request, timeout=5)
-
-    async def serving(self) -> None:
-        """db-1 serves under epoch 2, db-2 and db-3 read."""
-        await self.all_storage()
-        await self.created((await self.one.report()).volume)
-        await self.one.start_over()
-        for reader in (self.two, self.three):
-            await reader.report(compute_pb2.READER)
-        assert (await self.one.report(compute_pb2.WRITER)).kind == Order.WRITE
-
-    async def status(self) -> control_pb2.ClusterStatus:
-        with calling("control", "GetStatus"):
-            return await self.stub.GetStatus(control_pb2.GetClusterStatusRequest(), timeout=5)
-
-    async def failover(self, target: str = "") -> control_pb2.FailoverResponse:
-        with calling("control", "Failover"):
-            return await self.stub.Failover(control_pb2.FailoverRequest(target=target), timeout=30)
-
-    async def remove(self, name: str) -> None:
-        with calling("control", "RemoveInstance"):
-            await self.stub.RemoveInstance(
-                control_pb2.RemoveInstanceRequest(instance=name), timeout=30
-            )
-
-    async def events(self, after: int = 0) -> list[control_pb2.Event]:
-        with calling("control", "ListEvents"):
-            answer = await self.stub.ListEvents(
-                control_pb2.ListEventsRequest(after=after), timeout=5
-            )
-        return list(answer.events)
-
-    async def failover_events(self) -> list[tuple[int, str]]:
-        failovers = {Event.FAILOVER_STARTED, Event.FAILOVER_COMPLETED, Event.FAILOVER_FAILED}
-        return [
-            (event.kind, event.instance) for event in await self.events() if event.kind in failovers
-        ]
 
 
 class ManualClock:
@@ -213,12 +87,6 @@ async def address(coordinator: Coordinator, pulse: Pulse) -> AsyncIterator[str]:
 async def members(address: str) -> AsyncIterator[Members]:
     async with open_channel(address) as channel:
         yield Members(control_pb2_grpc.ControlStub(channel))
-
-
-async def until(true: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(20):
-        while not await true():
-            await asyncio.sleep(0.01)
 
 
 async def test_from_nothing_to_a_writer(members: Members) -> None:
@@ -471,10 +339,6 @@ async def test_a_planned_failover_is_answered_when_the_new_writer_serves(
     assert (last.took_ms, await members.events(last.id)) == (answer.took_ms, [])
 
 
-async def ordered(instance: Instance, kind: control_pb2.Order.Kind.ValueType) -> bool:
-    return (await instance.report()).kind == kind
-
-
 async def test_a_failover_that_fails_says_why(members: Members, clock: ManualClock) -> None:
     await members.serving()
     for target in ("db-1", "db-9"):
@@ -515,114 +379,3 @@ async def test_a_stopped_reader_is_removed_once_it_is_known_to_be_gone(
         "db-3",
     ]
     assert (await members.events())[-1].kind == Event.INSTANCE_REMOVED
-
-
-# --- the process ---------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def control_process(
-    directory: Path, port: int, ends_by: signal.Signals
-) -> AsyncIterator[Members]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "control_plane", f"--data-dir={directory}", f"--port={port}"
-    )
-    try:
-        async with open_channel(f"127.0.0.1:{port}") as channel:
-            members = Members(control_pb2_grpc.ControlStub(channel))
-            async with asyncio.timeout(20):
-                while not await answers(members):
-                    await asyncio.sleep(0.05)
-            yield members
-    finally:
-        process.send_signal(ends_by)
-        code = await process.wait()
-    assert code == (0 if ends_by is signal.SIGTERM else -ends_by)
-
-
-async def answers(members: Members) -> bool:
-    try:
-        await members.status()
-    except (Unreachable, UnknownOutcome):
-        return False
-    return True
-
-
-async def test_a_killed_control_plane_continues(tmp_path: Path) -> None:
-    (port,) = free_ports(1)
-    async with control_process(tmp_path, port, signal.SIGKILL) as members:
-        await members.all_storage()
-        created = await members.one.report()
-        await members.created(created.volume)
-        order = await members.one.start_over()
-        assert (order.kind, order.volume.epoch) == (Order.WRITE, 2)
-        incarnation = members.one.incarnation
-    async with control_process(tmp_path, port, signal.SIGTERM) as members:
-        status = await members.status()
-        assert (status.volume_ready, status.writer, status.volume) == (True, "db-1", order.volume)
-        assert len(status.storage) == 6
-        assert not any(node.alive for node in status.storage)
-        members.one.incarnation = incarnation
-        assert await members.one.report() == order
-        await members.all_storage()
-        assert (await members.one.start_over()).volume.epoch == 3
-
-
-async def test_a_planned_failover_goes_on_though_the_control_plane_is_killed_at_each_step(
-    tmp_path: Path,
-) -> None:
-    (port,) = free_ports(1)
-    lives: dict[str, Instance] = {}
-
-    @asynccontextmanager
-    async def next_life(ends_by: signal.Signals = signal.SIGKILL) -> AsyncIterator[Members]:
-        async with control_process(tmp_path, port, ends_by) as members:
-            for instance in (members.one, members.two, members.three):
-                last = lives.get(instance.name, instance)
-                instance.incarnation, instance.state = last.incarnation, last.state
-                lives[instance.name] = instance
-            await members.all_storage()
-            yield members
-
-    async with next_life() as members:
-        await members.serving()
-        asked = asyncio.create_task(members.failover("db-3"))
-        await until(lambda: ordered(members.one, Order.YIELD))
-    (outcome,) = await asyncio.gather(asked, return_exceptions=True)
-    assert isinstance(outcome, BaseException)  # whoever asked does not know
-    async with next_life() as members:
-        assert await ordered(members.one, Order.YIELD)
-        await members.one.start_over()
-    async with next_life() as members:
-        await members.one.report(compute_pb2.RESTORING)
-        order = await members.three.report()
-        assert (order.kind, order.volume.epoch, order.former_gone) == (Order.WRITE, 3, True)
-    async with next_life() as members:
-        order = await members.three.report(compute_pb2.PROMOTING)
-        assert (order.kind, order.volume.epoch) == (Order.WRITE, 3)
-        await members.three.report(compute_pb2.WRITER)
-    async with next_life(signal.SIGTERM) as members:
-        assert (await members.status()).writer == "db-3"
-        order = await members.three.report()
-        assert (order.kind, order.volume.epoch) == (Order.WRITE, 3)
-        order = await members.one.report()
-        assert (order.kind, order.volume.epoch) == (Order.READ, 3)
-        assert await members.failover_events() == [
-            (Event.FAILOVER_STARTED, "db-3"),
-            (Event.FAILOVER_COMPLETED, "db-3"),
-        ]
-
-
-async def test_a_writer_lost_while_the_control_plane_was_down_is_replaced(tmp_path: Path) -> None:
-    (port,) = free_ports(1)
-    async with control_process(tmp_path, port, signal.SIGKILL) as members:
-        await members.serving()
-    async with control_process(tmp_path, port, signal.SIGTERM) as members:
-        members.two.state = compute_pb2.READER
-
-        async def taken_over() -> bool:
-            await members.all_storage()
-            return await ordered(members.two, Order.WRITE)
-
-        await until(taken_over)
-        assert (await members.failover_events())[-1] == (Event.FAILOVER_STARTED, "db-2")
