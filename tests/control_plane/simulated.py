@@ -197,6 +197,9 @@ class SimulatedCluster:
                 agent.state = InstanceState.CREATING
             case OrderKind.CREATE_VOLUME, InstanceState.CREATING:
                 self.surviving(lambda: self.create(agent, order))
+            case (OrderKind.READ | OrderKind.WRITE), InstanceState.CREATING:
+                # Its volume was given up meanwhile: when it says that it made it, it is told so.
+                self.begin_life(agent)
             case ((OrderKind.READ | OrderKind.WRITE), InstanceState.WAITING):
                 agent.state = InstanceState.RESTORING
             case ((OrderKind.READ | OrderKind.WRITE), InstanceState.RESTORING):

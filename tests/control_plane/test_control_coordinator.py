@@ -454,6 +454,19 @@ def test_reports_that_cannot_be(cluster: SimulatedCluster) -> None:
         report("db-17", 1)
 
 
+def test_an_instance_whose_creation_was_given_up_reads_what_another_made(
+    cluster: SimulatedCluster,
+) -> None:
+    """Found at random: silent for so long that another was asked, and then back at work."""
+    first, second, _ = (cluster.add(name) for name in NAMES)
+    cluster.pass_time(0.1)
+    cluster.report(first)
+    cluster.pass_time(1.9)
+    cluster.report(second)
+    cluster.recover()
+    assert cluster.state.current.volume == VolumeId("vol-1")
+
+
 def test_time_in_which_nobody_looked_hardly_counts() -> None:
     now = [100.0]
     clock = AttentiveClock(lambda: now[0], longest_s=0.2)
