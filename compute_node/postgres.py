@@ -22,6 +22,7 @@ from boreal.types import Lsn, parse_lsn, record_end_before
 from compute_node import shim
 from compute_node.config import ADMIN, DATABASE, MASTER, ComputeConfig
 from compute_node.configuration import write_access
+from compute_node.leftover import end_leftover
 
 _log = structlog.get_logger(__name__)
 
@@ -113,8 +114,11 @@ class Postgres:
         process = self._process
         if process is not None and not self._exited.is_set():
             await self._end(process, how)
+        # Backends too, for one that is frozen would not end, nor would our session with it.
+        await end_leftover(self._config.pgdata)
         for connection in list(self._connections):
-            await connection.close()
+            async with connection.lock:  # libpq frees at once what somebody else's query still uses
+                await connection.close()
 
     async def _end(self, process: subprocess.Popen[bytes], how: signal.Signals) -> None:
         process.send_signal(how)
@@ -168,9 +172,13 @@ class Postgres:
         connection: Connection | None = None
         while True:
             asked = asyncio.create_task(self._answer(connection))
-            done, _ = await asyncio.wait({asked}, timeout=_ANSWER_WITHIN_S)
-            if not done:
+            try:
+                done, _ = await asyncio.wait({asked}, timeout=_ANSWER_WITHIN_S)
+            finally:
+                # Not waited for: a query that gets no answer is long in being cancelled.
                 asked.cancel()
+                asked.add_done_callback(_forget)
+            if not done:
                 raise ProcessFailed(f"PostgreSQL gives no answer within {_ANSWER_WITHIN_S:g} s")
             try:
                 connection = asked.result()
@@ -226,6 +234,12 @@ class Postgres:
         write_access(self._config, self._engine, clients=True)
         if self._process is not None:
             self._process.send_signal(signal.SIGHUP)
+
+
+def _forget(task: asyncio.Task[Connection]) -> None:
+    """Whatever became of it, nobody asks any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _in_recovery(connection: Connection) -> bool:
