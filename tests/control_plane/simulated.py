@@ -197,9 +197,6 @@ class SimulatedCluster:
                 agent.state = InstanceState.CREATING
             case OrderKind.CREATE_VOLUME, InstanceState.CREATING:
                 self.surviving(lambda: self.create(agent, order))
-            case (OrderKind.READ | OrderKind.WRITE), InstanceState.CREATING:
-                # Its volume was given up meanwhile: when it says that it made it, it is told so.
-                self.begin_life(agent)
             case ((OrderKind.READ | OrderKind.WRITE), InstanceState.WAITING):
                 agent.state = InstanceState.RESTORING
             case ((OrderKind.READ | OrderKind.WRITE), InstanceState.RESTORING):
@@ -215,8 +212,11 @@ class SimulatedCluster:
                 InstanceState.YIELDING,
             ):
                 self.begin_life(agent)
-            case OrderKind.READ, (InstanceState.PROMOTING | InstanceState.WRITER):
-                self.begin_life(agent)  # superseded
+            case (
+                OrderKind.READ,
+                (InstanceState.CREATING | InstanceState.PROMOTING | InstanceState.WRITER),
+            ):
+                self.begin_life(agent)  # another made the volume, or writes it now
 
     def create(self, agent: Agent, order: Order) -> None:
         assert order.volume is not None
