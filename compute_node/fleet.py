@@ -150,7 +150,10 @@ class Fleet:
         self._nodes = tuple(nodes)
         wanted = {
             NodeName(node.name): Addresses(
-                log=node.addresses.log, frames=node.addresses.frames, pages=node.addresses.pages
+                log=node.addresses.log,
+                frames=node.addresses.frames,
+                pages=node.addresses.pages,
+                page_frames=node.addresses.page_frames,
             )
             for node in self._nodes
         }

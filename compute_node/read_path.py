@@ -26,6 +26,7 @@ from boreal.errors import (
     LineageNotAdopted,
     NoBundle,
     NotIndexedYet,
+    NotNow,
     QuorumUnavailable,
     UnknownOutcome,
     UnknownVolume,
@@ -49,6 +50,7 @@ ANOTHER_MAY_SERVE = (
     BelowLogStart,
     BeyondLog,
     NoBundle,
+    NotNow,
     Internal,
 )
 """A read that fails so on one node is repeated on the next: the fault is that node's own."""
