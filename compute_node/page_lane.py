@@ -24,13 +24,15 @@ from boreal.errors import (
 )
 from boreal.frames import FrameReader, frame
 from boreal.rpc import storage_pb2
-from boreal.rpc.edge import error_from_wire, fork_from_wire
+from boreal.rpc.edge import error_from_wire
 from boreal.types import PAGE_BYTES, NodeName
 
 CONNECT_S: Final = 1.0
 """Bound on making a connection."""
 MAX_CALLS: Final = 256
 """Under way on one connection, as the node allows."""
+
+Pages = asyncio.Future[list[bytes | None]]
 
 
 class PageLane:
@@ -48,21 +50,26 @@ class PageLane:
         self._connecting: asyncio.Task[str] | None = None
         self._closed = False
 
-    async def get_pages(
-        self, request: storage_pb2.GetPagesRequest, within_s: float
-    ) -> list[bytes | None]:
+    def get_pages(self, request: storage_pb2.GetPagesRequest, within_s: float) -> Pages:
         """As many pages as are asked for, None for a block that does not exist.
 
-        Raises what the node answered; CorruptData if that is not what was asked for; Unreachable if
-        nothing was sent; UnknownOutcome if no answer came in time or the connection broke.
+        Cancelling it ends the call. It raises what the node answered; CorruptData if that is not
+        what was asked for; Unreachable if nothing was sent; UnknownOutcome if no answer came in
+        time or the connection broke.
         """
         connection = self._connection
         if connection is None or connection.ended or self._closed:
-            loop = asyncio.get_running_loop()
-            deadline = loop.time() + within_s
-            connection = await self._connected(within_s)
-            within_s = deadline - loop.time()
-        return await connection.call(request, within_s)
+            return asyncio.get_running_loop().create_task(self._first(request, within_s))
+        return connection.call(request, within_s)
+
+    async def _first(
+        self, request: storage_pb2.GetPagesRequest, within_s: float
+    ) -> list[bytes | None]:
+        """Connect, and make a call."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + within_s
+        connection = await self._connected(within_s)
+        return await connection.call(request, deadline - loop.time())
 
     async def close(self, *, grace_s: float = 0.0) -> None:
         """Let the connection go; calls under way have `grace_s` to be answered."""
@@ -105,32 +112,29 @@ class PageLane:
 
 
 class _Call:
-    """One call under way. Collects its pages; ends once, with an error or without."""
+    """One call under way. Collects its pages."""
+
+    __slots__ = ("_count", "_next_block", "_pages", "_peer", "pages")
 
     def __init__(self, peer: NodeName, request: storage_pb2.GetPagesRequest) -> None:
         self._peer = peer
-        self._request = request
+        self._count = request.count
         self._next_block = request.first_block
         self._pages: list[bytes | None] = []
-        self.ended: asyncio.Future[BorealError | None] = asyncio.get_running_loop().create_future()
+        self.pages: Pages = asyncio.get_running_loop().create_future()
+        """Done once all have come, or none will any more."""
 
-    def end(self, error: BorealError | None) -> None:
-        """That was all; the first end counts."""
-        if not self.ended.done():
-            self.ended.set_result(error)
-
-    async def result(self) -> list[bytes | None]:
-        """The pages, once all have come; or the error it ended with."""
-        if (error := await self.ended) is not None:
-            raise error
-        return self._pages
+    def fail(self, error: BorealError) -> None:
+        """No pages will come; the first reason counts."""
+        if not self.pages.done():
+            self.pages.set_exception(error)
 
     def take(self, answer: storage_pb2.PageAnswer) -> None:
         """One of its answers."""
-        if self.ended.done():
+        if self.pages.done():
             return
         if answer.WhichOneof("outcome") == "error":
-            self.end(error_from_wire(answer.error))
+            self.fail(error_from_wire(answer.error))
             return
         images = answer.images
         pages, exists = images.pages, images.exists  # once: each access copies
@@ -140,8 +144,8 @@ class _Call:
             self._corrupt("out of order")
         elif len(pages) != PAGE_BYTES * count or not count:
             self._corrupt("that are not whole")
-        elif come > self._request.count or (answer.last and come < self._request.count):
-            self._corrupt(f"that are {come}, not {self._request.count}")
+        elif come > self._count or (answer.last and come < self._count):
+            self._corrupt(f"that are {come}, not {self._count}")
         else:
             self._next_block += count
             if count == 1:
@@ -152,12 +156,10 @@ class _Call:
                     for at, there in enumerate(exists)
                 ]
             if answer.last:
-                self.end(None)
+                self.pages.set_result(self._pages)
 
     def _corrupt(self, how: str) -> None:
-        self.end(
-            CorruptData(f"{self._peer} sent pages of {fork_from_wire(self._request.fork)} {how}")
-        )
+        self.fail(CorruptData(f"{self._peer} sent pages {how}"))
 
 
 class _Connection(asyncio.Protocol):
@@ -178,35 +180,39 @@ class _Connection(asyncio.Protocol):
         self.ended = False
         """No call can be made any more."""
 
-    async def call(
-        self, request: storage_pb2.GetPagesRequest, within_s: float
-    ) -> list[bytes | None]:
+    def call(self, request: storage_pb2.GetPagesRequest, within_s: float) -> Pages:
         """As PageLane.get_pages."""
-        if self.ended or self._stuck:
-            raise Unreachable(f"the connection to {self._peer} takes no requests")
-        if len(self._calls) >= MAX_CALLS:
-            raise NotNow(f"{MAX_CALLS} calls to {self._peer} are under way already")
+        loop = asyncio.get_running_loop()
         self._last_number = number = self._last_number + 1
-        call = self._calls[number] = _Call(self._peer, request)
-        within_ms = max(round(within_s * 1000), 1)
-        self._send(storage_pb2.PageCall(call=number, get=request, within_ms=within_ms))
-        timer = asyncio.get_running_loop().call_later(within_s, self._give_up, call)
-        try:
-            return await call.result()
-        finally:
-            timer.cancel()
-            if self._calls.pop(number, None) is not None and not self.ended:
-                self._send(storage_pb2.PageCall(call=number, cancel=storage_pb2.CancelPages()))
+        timer = loop.call_later(within_s, self._give_up, number)
+        call = _Call(self._peer, request)
+        if self.ended or self._stuck or self._transport.is_closing():
+            call.fail(Unreachable(f"the connection to {self._peer} takes no requests"))
+        elif len(self._calls) >= MAX_CALLS:
+            call.fail(NotNow(f"{MAX_CALLS} calls to {self._peer} are under way already"))
+        else:
+            self._calls[number] = call
+            within_ms = max(round(within_s * 1000), 1)
+            self._send(storage_pb2.PageCall(call=number, get=request, within_ms=within_ms))
+        call.pages.add_done_callback(lambda _pages: self._over(number, timer))
+        return call.pages
+
+    def _over(self, number: int, timer: asyncio.TimerHandle) -> None:
+        """Nobody waits for that call any more: it is answered, or given up."""
+        timer.cancel()
+        if self._calls.pop(number, None) is not None and not self.ended:
+            self._send(storage_pb2.PageCall(call=number, cancel=storage_pb2.CancelPages()))
 
     def _send(self, call: storage_pb2.PageCall) -> None:
         self._transport.write(frame(call.SerializeToString()))
 
-    def _give_up(self, call: _Call) -> None:
-        call.end(UnknownOutcome(f"{self._peer} did not answer GetPages in time"))
+    def _give_up(self, number: int) -> None:
+        if (call := self._calls.get(number)) is not None:
+            call.fail(UnknownOutcome(f"{self._peer} did not answer GetPages in time"))
 
     async def close(self, grace_s: float) -> None:
         """End it; calls under way may be answered for so long."""
-        waiting = [call.ended for call in self._calls.values()]
+        waiting = [call.pages for call in self._calls.values()]
         if waiting and grace_s:
             await asyncio.wait(waiting, timeout=grace_s)
         self._end(lambda: UnknownOutcome(f"the connection to {self._peer} was given up"))
@@ -216,7 +222,7 @@ class _Connection(asyncio.Protocol):
         self.ended = True
         self._transport.abort()
         for call in self._calls.values():
-            call.end(error())
+            call.fail(error())
 
     # --- the transport's ---------------------------------------------------------------------
 

@@ -217,7 +217,7 @@ class StorageClient:
 
     # --- pages -------------------------------------------------------------------------------
 
-    async def get_pages(
+    def get_pages(
         self,
         on: VolumeEpoch,
         relation: RelationFork,
@@ -227,7 +227,7 @@ class StorageClient:
         lsn: Lsn,
         lineage_epoch: Epoch,
         within_s: float,
-    ) -> list[bytes | None]:
+    ) -> asyncio.Future[list[bytes | None]]:
         """`count` pages as of `lsn`; None for a block the fork did not have at that LSN."""
         request = storage_pb2.GetPagesRequest(
             volume=volume_ref(*on),
@@ -237,7 +237,7 @@ class StorageClient:
             lsn=lsn,
             lineage_epoch=lineage_epoch,
         )
-        return await self._page_lane.get_pages(request, within_s)
+        return self._page_lane.get_pages(request, within_s)
 
     async def digest_pages(
         self,

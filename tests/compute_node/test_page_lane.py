@@ -112,7 +112,7 @@ async def test_pages_come_as_they_are(count: int) -> None:
 
 async def test_many_calls_share_a_connection_and_end_in_any_order() -> None:
     async with serving() as (node, lane):
-        held = asyncio.create_task(lane.get_pages(ask(node.HELD), LIMIT_S))
+        held = asyncio.ensure_future(lane.get_pages(ask(node.HELD), LIMIT_S))
         numbers = range(200)
         found = await asyncio.gather(*(lane.get_pages(ask(n, 3), LIMIT_S) for n in numbers))
         assert found == [expected(n, 3) for n in numbers]
@@ -159,7 +159,7 @@ async def test_pages_that_were_not_asked_for_are_corrupt(images: dict[str, objec
 
 async def test_too_few_pages_are_corrupt() -> None:
     async with serving() as (node, lane):
-        calling = asyncio.create_task(lane.get_pages(ask(node.HELD, 5), LIMIT_S))
+        calling = asyncio.ensure_future(lane.get_pages(ask(node.HELD, 5), LIMIT_S))
         await until(lambda: node.waiting)
         short = storage_pb2.PageAnswer(call=1, last=True)
         short.images.first_block = node.HELD
@@ -187,7 +187,7 @@ async def test_a_deadline_passes_and_the_node_is_told() -> None:
 async def test_a_caller_that_is_cancelled_leaves_nothing() -> None:
     async with serving() as (node, lane):
         calling = [
-            asyncio.create_task(lane.get_pages(ask(node.HELD + n), LIMIT_S)) for n in range(5)
+            asyncio.ensure_future(lane.get_pages(ask(node.HELD + n), LIMIT_S)) for n in range(5)
         ]
         await until(lambda: node.waiting == 5)
         for task in calling[1:]:
@@ -213,8 +213,8 @@ async def test_an_answer_that_nobody_waits_for_is_dropped() -> None:
 
 async def test_a_caller_cancelled_while_it_connects_spoils_nothing() -> None:
     async with serving() as (_node, lane):
-        first = asyncio.create_task(lane.get_pages(ask(1), LIMIT_S))
-        second = asyncio.create_task(lane.get_pages(ask(2), LIMIT_S))
+        first = asyncio.ensure_future(lane.get_pages(ask(1), LIMIT_S))
+        second = asyncio.ensure_future(lane.get_pages(ask(2), LIMIT_S))
         await asyncio.sleep(0)
         first.cancel()
         assert await second == expected(2)
@@ -223,7 +223,7 @@ async def test_a_caller_cancelled_while_it_connects_spoils_nothing() -> None:
 async def test_more_calls_than_the_limit_are_refused() -> None:
     async with serving() as (node, lane):
         held = [
-            asyncio.create_task(lane.get_pages(ask(node.HELD), LIMIT_S)) for _ in range(MAX_CALLS)
+            asyncio.ensure_future(lane.get_pages(ask(node.HELD), LIMIT_S)) for _ in range(MAX_CALLS)
         ]
         await until(lambda: node.waiting == MAX_CALLS)
         with pytest.raises(NotNow):
@@ -239,7 +239,7 @@ async def test_more_calls_than_the_limit_are_refused() -> None:
 async def test_a_node_that_is_killed_and_comes_back_is_found_again() -> None:
     async with serving() as (node, lane):
         assert await lane.get_pages(ask(1), LIMIT_S) == expected(1)
-        calling = [asyncio.create_task(lane.get_pages(ask(node.HELD), LIMIT_S)) for _ in range(3)]
+        calling = [asyncio.ensure_future(lane.get_pages(ask(node.HELD), LIMIT_S)) for _ in range(3)]
         await until(lambda: node.waiting == 3)
         port = node.lane.port
         await node.lane.stop()
@@ -292,7 +292,7 @@ async def test_nonsense_ends_the_connection_and_the_next_call_makes_another(
     data: bytes, error: type[BorealError]
 ) -> None:
     async with serving() as (node, lane):
-        calling = [asyncio.create_task(lane.get_pages(ask(node.HELD), LIMIT_S)) for _ in range(2)]
+        calling = [asyncio.ensure_future(lane.get_pages(ask(node.HELD), LIMIT_S)) for _ in range(2)]
         await until(lambda: node.waiting == 2)
         node.lane.peers[0].transport.write(data)
         for each in await asyncio.gather(*calling, return_exceptions=True):
@@ -303,7 +303,7 @@ async def test_nonsense_ends_the_connection_and_the_next_call_makes_another(
 
 async def test_a_node_that_does_not_follow_says_why() -> None:
     async with serving() as (node, lane):
-        calling = asyncio.create_task(lane.get_pages(ask(node.HELD), LIMIT_S))
+        calling = asyncio.ensure_future(lane.get_pages(ask(node.HELD), LIMIT_S))
         await until(lambda: node.waiting)
         wire = error_to_wire(NotNow("not in the mood"))
         node.lane.peers[0].send(storage_pb2.PageAnswer(call=0, error=wire, last=True))
@@ -334,7 +334,7 @@ async def test_a_node_that_reads_nothing_is_not_written_to_without_end() -> None
 
 async def test_closing_gives_calls_their_grace() -> None:
     async with serving() as (node, lane):
-        calling = [asyncio.create_task(lane.get_pages(ask(node.HELD), LIMIT_S)) for _ in range(2)]
+        calling = [asyncio.ensure_future(lane.get_pages(ask(node.HELD), LIMIT_S)) for _ in range(2)]
         await until(lambda: node.waiting == 2)
         closing = asyncio.create_task(lane.close(grace_s=LIMIT_S))
         await asyncio.sleep(0)
@@ -347,7 +347,7 @@ async def test_closing_gives_calls_their_grace() -> None:
 
 async def test_closing_without_grace_ends_calls() -> None:
     async with serving() as (node, lane):
-        calling = asyncio.create_task(lane.get_pages(ask(node.HELD), LIMIT_S))
+        calling = asyncio.ensure_future(lane.get_pages(ask(node.HELD), LIMIT_S))
         await until(lambda: node.waiting)
         await lane.close()
         with pytest.raises(UnknownOutcome):
