@@ -104,7 +104,7 @@ class PageLane:
                 )
         except TimeoutError:
             return f"no connection to {self._address} within {CONNECT_S:g} s"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:  # no such host, no such port
             return str(error)
         finally:
             self._connecting = None

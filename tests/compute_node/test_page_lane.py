@@ -252,7 +252,9 @@ async def test_a_node_that_is_killed_and_comes_back_is_found_again() -> None:
         assert not under_way(lane)
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "", "nonsense", "127.0.0.1:x"])
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:1", "", "nonsense", "127.0.0.1:x", "127.0.0.1:99999"]
+)
 async def test_an_address_where_nobody_is(address: str) -> None:
     lane = PageLane(NodeName("sn-1"), address)
     found = await asyncio.gather(
