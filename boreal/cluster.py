@@ -38,13 +38,19 @@ _EPHEMERAL_DEFAULT = 32_768
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageEntry:
-    """One storage node: its name, its zone and its three ports."""
+    """One storage node: its name, its zone and its four ports."""
 
     name: NodeName
     zone: str
     log_port: int
     frames_port: int
     pages_port: int
+    page_frames_port: int
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """All it listens on."""
+        return (self.log_port, self.frames_port, self.pages_port, self.page_frames_port)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +183,7 @@ def create(data_dir: Path, *, postgres_port: int, reader_port: int | None = None
     Without a `reader_port` it is the one after `postgres_port`, or any where that one is taken.
     """
     reader_port = reader_port or reader_port_for(postgres_port)
-    ports = free_ports(1 + 3 * len(ZONES), avoid=(postgres_port, reader_port))
+    ports = free_ports(1 + 4 * len(ZONES), avoid=(postgres_port, reader_port))
     storage = tuple(
         StorageEntry(
             name=NodeName(name),
@@ -185,9 +191,10 @@ def create(data_dir: Path, *, postgres_port: int, reader_port: int | None = None
             log_port=log_port,
             frames_port=frames_port,
             pages_port=pages_port,
+            page_frames_port=page_frames_port,
         )
-        for (name, zone), log_port, frames_port, pages_port in zip(
-            ZONES.items(), ports[1::3], ports[2::3], ports[3::3], strict=True
+        for (name, zone), log_port, frames_port, pages_port, page_frames_port in zip(
+            ZONES.items(), ports[1::4], ports[2::4], ports[3::4], ports[4::4], strict=True
         )
     )
     config = ClusterConfig(
@@ -250,11 +257,7 @@ def internal_ports(config: ClusterConfig) -> tuple[int, ...]:
     """Every port but the endpoints': those a user need not know."""
     return (
         config.control_port,
-        *(
-            port
-            for entry in config.storage
-            for port in (entry.log_port, entry.frames_port, entry.pages_port)
-        ),
+        *(port for entry in config.storage for port in entry.ports),
         *(port for entry in config.compute for port in (entry.agent_port, entry.postgres_port)),
     )
 
@@ -281,6 +284,7 @@ def with_free_ports(config: ClusterConfig) -> tuple[ClusterConfig, dict[int, int
             log_port=now(entry.log_port),
             frames_port=now(entry.frames_port),
             pages_port=now(entry.pages_port),
+            page_frames_port=now(entry.page_frames_port),
         )
         for entry in config.storage
     )

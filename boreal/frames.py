@@ -1,7 +1,6 @@
-"""The framed lane's framing: a 4-byte big-endian length, then one serialized message.
+"""The framing of framed lanes: a 4-byte big-endian length, then one serialized message.
 
-The lane carries AppendRequest one way and AppendResponse the other, nothing else. Pure: bytes in,
-bytes out.
+Which messages a lane carries each way is in proto/storage.proto. Pure: bytes in, bytes out.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ from collections.abc import Iterator
 from boreal.errors import OversizeRequest
 
 MAX_FRAME_BYTES = 2 * 1024 * 1024
-"""An append carries at most 1 MiB of log; whatever claims more is not an append."""
+"""An append carries at most 1 MiB of log, an answer at most 128 pages, 1 MiB too: whatever claims
+more is neither."""
 MAX_APPEND_BYTES = 1024 * 1024
 
 _LENGTH = struct.Struct(">I")
@@ -24,16 +24,19 @@ def frame(body: bytes) -> bytes:
 
 
 class FrameReader:
-    """Cuts a byte stream into messages. Holds at most one unfinished frame (MAX_FRAME_BYTES)."""
+    """Cuts a byte stream into messages. Holds at most one unfinished frame of `limit_bytes`."""
 
-    def __init__(self) -> None:
+    def __init__(self, lane: str, limit_bytes: int = MAX_FRAME_BYTES) -> None:
+        """`lane` names what is spoken here, for who speaks something else."""
+        self._lane = lane
+        self._limit_bytes = limit_bytes
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Yield each message completed by `data`; OversizeRequest on a length we never send."""
         if not self._buffer and len(data) > _LENGTH.size:
             (length,) = _LENGTH.unpack_from(data)
-            if length == len(data) - _LENGTH.size <= MAX_FRAME_BYTES:  # as most come
+            if length == len(data) - _LENGTH.size <= self._limit_bytes:  # as most come
                 yield data[_LENGTH.size :]
                 return
         self._buffer += data
@@ -41,11 +44,11 @@ class FrameReader:
         try:
             while len(self._buffer) - start >= _LENGTH.size:
                 (length,) = _LENGTH.unpack_from(self._buffer, start)
-                if length > MAX_FRAME_BYTES:
+                if length > self._limit_bytes:
                     raise OversizeRequest(
-                        f"a frame of {length} bytes was announced; the limit is {MAX_FRAME_BYTES}. "
-                        "This port speaks Boreal's framed Append lane only",
-                        limit_bytes=MAX_FRAME_BYTES,
+                        f"a frame of {length} bytes was announced; the limit is "
+                        f"{self._limit_bytes}. This port speaks Boreal's {self._lane} lane only",
+                        limit_bytes=self._limit_bytes,
                     )
                 end = start + _LENGTH.size + length
                 if len(self._buffer) < end:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ from boreal.types import (
     VolumeId,
     format_lsn,
 )
+from compute_node.page_protocol import Run
 from compute_node.read_path import Ask, Hedging, Patience, ReadPath
 from compute_node.storage_client import (
     MAX_PAGES_PER_CALL,
@@ -150,7 +151,10 @@ class Fleet:
         self._nodes = tuple(nodes)
         wanted = {
             NodeName(node.name): Addresses(
-                log=node.addresses.log, frames=node.addresses.frames, pages=node.addresses.pages
+                log=node.addresses.log,
+                frames=node.addresses.frames,
+                pages=node.addresses.pages,
+                page_frames=node.addresses.page_frames,
             )
             for node in self._nodes
         }
@@ -198,7 +202,7 @@ class Fleet:
         if not 1 <= count <= MAX_PAGES_PER_CALL:
             raise MalformedRequest(f"{count} pages asked for; 1 to {MAX_PAGES_PER_CALL} are given")
 
-        def ask(client: StorageClient, within_s: float) -> Coroutine[Any, Any, list[bytes | None]]:
+        def ask(client: StorageClient, within_s: float) -> Awaitable[list[bytes | None]]:
             return client.get_pages(
                 self._on,
                 relation,
@@ -210,7 +214,7 @@ class Fleet:
             )
 
         path = self.page_reads if count == 1 else self.window_reads
-        return await self._read(path, f"{relation}:{first}+{count}", ask, node)
+        return await self._read(path, Run(relation, first, count), ask, node)
 
     async def list_relations(
         self, lsn: Lsn, *, node: NodeName | None = None
@@ -372,7 +376,7 @@ class Fleet:
 
     # --- how -----------------------------------------------------------------------------------
 
-    async def _read(self, path: ReadPath, what: str, ask: Ask[_T], node: NodeName | None) -> _T:
+    async def _read(self, path: ReadPath, what: object, ask: Ask[_T], node: NodeName | None) -> _T:
         if node is None:
             return await path.read(self._clients, what, ask)
         client = self._clients.get(node)

@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import structlog
 
 from boreal.errors import (
     BelowLogStart,
     BeyondLog,
+    BorealError,
     CorruptData,
     IngestStopped,
     Internal,
     LineageNotAdopted,
     NoBundle,
     NotIndexedYet,
+    NotNow,
     QuorumUnavailable,
     UnknownOutcome,
     UnknownVolume,
@@ -49,6 +51,7 @@ ANOTHER_MAY_SERVE = (
     BelowLogStart,
     BeyondLog,
     NoBundle,
+    NotNow,
     Internal,
 )
 """A read that fails so on one node is repeated on the next: the fault is that node's own."""
@@ -65,12 +68,11 @@ _LONGEST_PAUSE_S = 1.0
 
 _log = structlog.get_logger(__name__)
 _T = TypeVar("_T")
-Ask = Callable[[StorageClient, float], Coroutine[object, object, _T]]
-"""Asks one node, within so many seconds."""
+Ask = Callable[[StorageClient, float], Awaitable[_T]]
+"""Asks one node, within so many seconds. Cancelling what it returns ends the call."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeHealth:
+class NodeHealth(NamedTuple):
     """What the caller knows of one node. Times are of a monotonic clock, in seconds."""
 
     latency_s: float = 0.0
@@ -86,11 +88,11 @@ class NodeHealth:
 
     def asked(self) -> NodeHealth:
         """One more call is under way."""
-        return replace(self, under_way=self.under_way + 1)
+        return NodeHealth(self.latency_s, self.failed_at, self.under_way + 1)
 
     def ended(self) -> NodeHealth:
         """One call is over, whatever came of it."""
-        return replace(self, under_way=self.under_way - 1)
+        return NodeHealth(self.latency_s, self.failed_at, self.under_way - 1)
 
     def answered(self, latency_s: float) -> NodeHealth:
         """The node gave an answer after `latency_s`."""
@@ -100,11 +102,11 @@ class NodeHealth:
 
     def waited_for(self, so_far_s: float) -> NodeHealth:
         """The node has not answered for that long: it is at least so slow."""
-        return replace(self, latency_s=max(self.latency_s, so_far_s))
+        return self._replace(latency_s=max(self.latency_s, so_far_s))
 
     def failed(self, now: float) -> NodeHealth:
         """The node did not do what it was asked."""
-        return replace(self, failed_at=now)
+        return self._replace(failed_at=now)
 
 
 _UNKNOWN = NodeHealth()
@@ -118,13 +120,17 @@ def order_nodes(health: Mapping[NodeName, NodeHealth], *, now: float, turn: int)
     those whose failure is longest ago first. `turn`
     counts the caller's calls: every PROBE_EVERY-th puts another of the good nodes in front.
     """
-    good = [name for name, known in health.items() if now - known.failed_at >= AVOID_S]
-    bad = [name for name, known in health.items() if now - known.failed_at < AVOID_S]
-    good.sort(key=lambda name: (health[name].expected_s, health[name].under_way, name))
-    bad.sort(key=lambda name: (health[name].failed_at, name))
+    good, bad = [], []
+    for name, known in health.items():
+        if now - known.failed_at >= AVOID_S:
+            good.append((known.expected_s, known.under_way, name))
+        else:
+            bad.append((known.failed_at, 0, name))
+    good.sort()
+    bad.sort()
     if turn % PROBE_EVERY == 0 and len(good) > 1:
         good.insert(0, good.pop(1 + turn // PROBE_EVERY % (len(good) - 1)))
-    return good + bad
+    return [name for _, _, name in good + bad]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +206,9 @@ class ReadPath:
         self._turn = 0
         self.hedges = HedgeBudget(patience.hedging) if patience.hedging else None
 
-    async def read(self, clients: Mapping[NodeName, StorageClient], what: str, ask: Ask[_T]) -> _T:
+    async def read(
+        self, clients: Mapping[NodeName, StorageClient], what: object, ask: Ask[_T]
+    ) -> _T:
         """The first good answer. `clients` may change meanwhile; `what` is named in the error."""
         give_up_at = self._clock() + self._patience.total_s
         attempt_s = self._patience.attempt_s
@@ -228,9 +236,10 @@ class ReadPath:
         """What is known of a node."""
         return self._health.get(name, _UNKNOWN)
 
-    def order(self, clients: Collection[NodeName]) -> list[NodeName]:
+    def order(self, clients: Mapping[NodeName, object]) -> list[NodeName]:
         """The nodes, the one to ask first in front. Counts as one read."""
-        self._health = {name: self._health.get(name, _UNKNOWN) for name in clients}
+        if self._health.keys() != clients.keys():
+            self._health = {name: self._health.get(name, _UNKNOWN) for name in clients}
         self._turn += 1
         return order_nodes(self._health, now=self._clock(), turn=self._turn)
 
@@ -239,23 +248,28 @@ class ReadPath:
         health = {name: self._health[name] for name in names if name in self._health}
         return order_nodes(health, now=self._clock(), turn=1)
 
-    async def attempt(self, client: StorageClient, ask: Ask[_T], within_s: float) -> _T:
-        """Ask one node, and remember how it did."""
-        name, started = client.name, self._clock()
+    # --- what becomes of a call to a node ------------------------------------------------------
+
+    def asked(self, name: NodeName) -> float:
+        """A call begins; when."""
         self._note(name, NodeHealth.asked)
-        try:
-            answer = await ask(client, within_s)
-        except ANOTHER_MAY_SERVE as error:
-            self._note(name, lambda known: known.failed(self._clock()))
-            _log.warning("a node did not serve a read", node=name, why=f"{error.code}: {error}")
-            raise
-        finally:
-            self._note(name, NodeHealth.ended)
-        latency_s = self._clock() - started
-        self._note(name, lambda known: known.answered(latency_s))
+        return self._clock()
+
+    def answered(self, name: NodeName, asked_at: float) -> None:
+        """It was answered well."""
+        latency_s = self._clock() - asked_at
+        self._note(name, lambda known: known.ended().answered(latency_s))
         if self.hedges:
             self.hedges.answered(latency_s)
-        return answer
+
+    def failed(self, name: NodeName, error: BorealError) -> None:
+        """The node did not do it, but another may."""
+        self._note(name, lambda known: known.ended().failed(self._clock()))
+        _log.warning("a node did not serve a read", node=name, why=f"{error.code}: {error}")
+
+    def ended(self, name: NodeName) -> None:
+        """It is over, and says nothing about the node."""
+        self._note(name, NodeHealth.ended)
 
     def waited_for(self, name: NodeName, so_far_s: float) -> None:
         """The node let a read wait for that long, and still does."""
@@ -271,7 +285,11 @@ class _NobodyServed(Exception):
 
 
 class _Round(Generic[_T]):
-    """One read's way through the nodes, each asked once: the next when one failed, or is slow."""
+    """One read's way through the nodes, each asked once: the next when one failed, or is slow.
+
+    Driven by what happens to its calls and by one timer, not by a task that waits for them: a page
+    comes within a tenth of a millisecond, and tasks to wait by take as long.
+    """
 
     def __init__(
         self,
@@ -286,47 +304,93 @@ class _Round(Generic[_T]):
         self._clients = clients
         self._ask = ask
         self._within_s = within_s
-        self._running: dict[asyncio.Task[_T], NodeName] = {}
+        self._loop = asyncio.get_running_loop()
+        self._outcome: asyncio.Future[_T] = self._loop.create_future()
+        self._running: dict[asyncio.Future[_T], tuple[NodeName, float]] = {}
+        """Whom each call asks, and since when."""
+        self._hedge: asyncio.TimerHandle | None = None
         self.reasons: dict[NodeName, str] = {}
 
     async def run(self) -> _T:
         """The first good answer; _NobodyServed if there is none. Leaves nothing running."""
-        hedges = self._path.hedges
         try:
-            while self._running or self._start_next():
-                crowded = len(self._running) >= _MOST_AT_ONCE or not self._to_ask
-                delay_s = hedges.delay_s if hedges and not crowded else None
-                done, _ = await asyncio.wait(
-                    self._running, timeout=delay_s, return_when=asyncio.FIRST_COMPLETED
-                )
-                for task in done:
-                    name = self._running.pop(task)
-                    try:
-                        return task.result()
-                    except ANOTHER_MAY_SERVE as error:
-                        self.reasons[name] = f"{error.code}: {error.message}"
-                if not done and hedges and delay_s is not None:
-                    for name in self._running.values():
-                        self._path.waited_for(name, delay_s)
-                    if hedges.spend():  # else perhaps after the next delay
-                        self._to_ask = deque(self._path.rank(self._to_ask))
-                        self._start_next()
+            self._go_on()
+            return await self._outcome
         finally:
             await self._end()
-        raise _NobodyServed
+
+    def _go_on(self) -> None:
+        """See to it that somebody is asked, and that another one is if that takes long."""
+        if not self._running and not self._start_next():
+            self._outcome.set_exception(_NobodyServed())
+            return
+        hedges = self._path.hedges
+        if hedges and self._to_ask and len(self._running) < _MOST_AT_ONCE:
+            delay_s = hedges.delay_s
+            self._hedge = self._loop.call_later(delay_s, self._late, hedges, delay_s)
 
     def _start_next(self) -> bool:
         """Ask one more node; False if there is none left."""
         while self._to_ask and self._within_s > 0:
-            client = self._clients.get(self._to_ask.popleft())
+            name = self._to_ask.popleft()
+            client = self._clients.get(name)
             if client is not None:
-                attempt = self._path.attempt(client, self._ask, self._within_s)
-                self._running[asyncio.create_task(attempt)] = client.name
+                asked_at = self._path.asked(name)
+                call = asyncio.ensure_future(self._ask(client, self._within_s))
+                self._running[call] = (name, asked_at)
+                call.add_done_callback(self._came)
                 return True
         return False
 
+    def _late(self, hedges: HedgeBudget, delay_s: float) -> None:
+        """No answer for so long."""
+        for name, _ in self._running.values():
+            self._path.waited_for(name, delay_s)
+        if hedges.spend():  # else perhaps after the next delay
+            self._to_ask = deque(self._path.rank(self._to_ask))
+            self._start_next()
+        self._go_on()
+
+    def _came(self, call: asyncio.Future[_T]) -> None:
+        """A call is over, well or not."""
+        error = None if call.cancelled() else call.exception()  # looked at, or Python complains
+        if call not in self._running:
+            return  # it lost
+        name, asked_at = self._running.pop(call)
+        if isinstance(error, ANOTHER_MAY_SERVE):
+            self._path.failed(name, error)
+            self.reasons[name] = f"{error.code}: {error.message}"
+        elif error is None and not call.cancelled():
+            self._path.answered(name, asked_at)
+        else:
+            self._path.ended(name)
+        if self._outcome.done():
+            return
+        if isinstance(error, ANOTHER_MAY_SERVE):
+            self._stop_hedge()
+            self._go_on()
+        elif error is not None:
+            self._outcome.set_exception(error)
+        elif call.cancelled():
+            self._outcome.cancel()
+        else:
+            self._outcome.set_result(call.result())
+
+    def _stop_hedge(self) -> None:
+        if self._hedge is not None:
+            self._hedge.cancel()
+            self._hedge = None
+
     async def _end(self) -> None:
-        if self._running:
-            for task in self._running:
-                task.cancel()
-            await asyncio.gather(*self._running, return_exceptions=True)
+        self._stop_hedge()
+        if self._outcome.done() and not self._outcome.cancelled():
+            self._outcome.exception()  # the reader may have gone meanwhile
+        if not self._running:
+            return
+        calls, self._running = self._running, {}
+        for call, (name, _) in calls.items():
+            self._path.ended(name)
+            call.cancel()
+        # A page's call is over at once, a task takes its time.
+        if ending := [call for call in calls if not call.done()]:
+            await asyncio.wait(ending)

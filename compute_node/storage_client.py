@@ -34,6 +34,7 @@ from boreal.types import (
     VolumeId,
     format_lsn,
 )
+from compute_node.page_lane import PageLane
 
 MAX_PAGES_PER_CALL = 1024
 """GetPagesRequest.count, proto/storage.proto."""
@@ -68,6 +69,7 @@ class Addresses:
     log: str
     frames: str
     pages: str
+    page_frames: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,10 +129,10 @@ class BundleManifest:
 
 
 class StorageClient:
-    """The three services of one storage node.
+    """The three services of one storage node, and its lane of GetPages.
 
-    Channels reconnect by themselves. A call raises the error the node answered, Unreachable if the
-    node is not there, or UnknownOutcome once its deadline passed.
+    Connections are made anew by themselves. A call raises the error the node answered, Unreachable
+    if the node is not there, or UnknownOutcome once its deadline passed.
     """
 
     def __init__(self, name: NodeName, addresses: Addresses, deadlines: Deadlines) -> None:
@@ -139,13 +141,18 @@ class StorageClient:
         self._deadlines = deadlines
         self._log_channel = open_channel(addresses.log)
         self._pages_channel = open_channel(addresses.pages)
+        self._page_lane = PageLane(name, addresses.page_frames)
         self._log = storage_pb2_grpc.StorageLogStub(self._log_channel)
         self._bundles = storage_pb2_grpc.BundlesStub(self._log_channel)
         self._pages = storage_pb2_grpc.StoragePagesStub(self._pages_channel)
 
     async def close(self, *, grace_s: float | None = None) -> None:
         """Let the connections go; calls under way have `grace_s` to end, else are cancelled."""
-        await asyncio.gather(self._log_channel.close(grace_s), self._pages_channel.close(grace_s))
+        await asyncio.gather(
+            self._log_channel.close(grace_s),
+            self._pages_channel.close(grace_s),
+            self._page_lane.close(grace_s=grace_s or 0.0),
+        )
 
     # --- log ---------------------------------------------------------------------------------
 
@@ -210,7 +217,7 @@ class StorageClient:
 
     # --- pages -------------------------------------------------------------------------------
 
-    async def get_pages(
+    def get_pages(
         self,
         on: VolumeEpoch,
         relation: RelationFork,
@@ -220,7 +227,7 @@ class StorageClient:
         lsn: Lsn,
         lineage_epoch: Epoch,
         within_s: float,
-    ) -> list[bytes | None]:
+    ) -> asyncio.Future[list[bytes | None]]:
         """`count` pages as of `lsn`; None for a block the fork did not have at that LSN."""
         request = storage_pb2.GetPagesRequest(
             volume=volume_ref(*on),
@@ -230,15 +237,7 @@ class StorageClient:
             lsn=lsn,
             lineage_epoch=lineage_epoch,
         )
-        pages: list[bytes | None] = []
-        with calling(self.name, "GetPages"):
-            async for images in self._pages.GetPages(request, timeout=within_s):
-                if images.first_block != first + len(pages):
-                    raise CorruptData(f"{self.name} sent pages of {relation} out of order")
-                pages.extend(_split(images, self.name, relation))
-        if len(pages) != count:
-            raise CorruptData(f"{self.name} sent {len(pages)} of {count} pages of {relation}")
-        return pages
+        return self._page_lane.get_pages(request, within_s)
 
     async def digest_pages(
         self,
@@ -353,17 +352,6 @@ def _position(wire: storage_pb2.Position) -> SegmentPosition:
         system_identifier=wire.system_identifier,
         writer_silent_s=wire.writer_silent_ms / 1000,
     )
-
-
-def _split(
-    images: storage_pb2.PageImages, node: NodeName, relation: RelationFork
-) -> Iterator[bytes | None]:
-    pages = images.pages  # once: each access copies the field
-    if len(pages) != PAGE_BYTES * len(images.exists):
-        raise CorruptData(f"{node} sent pages of {relation} that are not whole")
-    for position, exists in enumerate(images.exists):
-        start = position * PAGE_BYTES
-        yield pages[start : start + PAGE_BYTES] if exists else None
 
 
 def _import_requests(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from boreal.errors import BorealError, NotIndexedYet, UnknownOutcome, Unreachable
 from boreal.types import BlockNumber, Lsn, NodeName, RelationFork
@@ -100,9 +100,7 @@ class VerifyNodes:
             ),
         )
 
-    async def _ask(
-        self, name: NodeName, call: Callable[[], Coroutine[Any, Any, _T]]
-    ) -> _T | BorealError:
+    async def _ask(self, name: NodeName, call: Callable[[], Awaitable[_T]]) -> _T | BorealError:
         deadline = time.monotonic() + _INDEX_S
         while True:
             try:

@@ -15,14 +15,15 @@ from control_plane import events
 from control_plane.events import Event
 from control_plane.view import CREATION_EPOCH, Appointment, Cause, Creation, Outcome, Switchover
 
-_VERSION = 2
+_VERSION = 3
 _SCHEMA = f"""
 CREATE TABLE storage_node (
     name TEXT PRIMARY KEY,
     zone TEXT NOT NULL,
     log_address TEXT NOT NULL,
     frames_address TEXT NOT NULL,
-    pages_address TEXT NOT NULL
+    pages_address TEXT NOT NULL,
+    page_frames_address TEXT NOT NULL
 ) STRICT;
 
 CREATE TABLE instance (
@@ -78,6 +79,7 @@ class StorageMember:
     log_address: str
     frames_address: str
     pages_address: str
+    page_frames_address: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,13 +164,14 @@ class ControlState:
         """Remember a storage node, or where it is now."""
         with self._transaction() as db:
             db.execute(
-                "INSERT OR REPLACE INTO storage_node VALUES (?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO storage_node VALUES (?, ?, ?, ?, ?, ?)",
                 (
                     member.name,
                     member.zone,
                     member.log_address,
                     member.frames_address,
                     member.pages_address,
+                    member.page_frames_address,
                 ),
             )
 
@@ -301,8 +304,11 @@ def _read(db: sqlite3.Connection) -> DurableState:
             log_address=log,
             frames_address=frames,
             pages_address=pages,
+            page_frames_address=page_frames,
         )
-        for name, zone, log, frames, pages in db.execute("SELECT * FROM storage_node ORDER BY name")
+        for name, zone, log, frames, pages, page_frames in db.execute(
+            "SELECT * FROM storage_node ORDER BY name"
+        )
     ]
     instances = [
         InstanceMember(name=InstanceName(name), address=address, postgres_port=port)

@@ -53,6 +53,7 @@ def storage_member(node: control_pb2.StorageNode) -> StorageMember:
         log_address=addresses.log,
         frames_address=addresses.frames,
         pages_address=addresses.pages,
+        page_frames_address=addresses.page_frames,
     )
 
 
@@ -65,6 +66,7 @@ def storage_node(member: StorageMember) -> control_pb2.StorageNode:
             log=member.log_address,
             frames=member.frames_address,
             pages=member.pages_address,
+            page_frames=member.page_frames_address,
         ),
     )
 

@@ -25,7 +25,7 @@ from storage_node.append import AppendHandler
 from storage_node.catch_up import CatchUp
 from storage_node.config import RETAIN_LOG_BYTES, StorageConfig
 from storage_node.heartbeat import Heartbeat, Membership
-from storage_node.lane import LaneServer
+from storage_node.lane import append_lane
 from storage_node.log_service import BundlesService, StorageLogService
 from storage_node.page_supervisor import PageProcess, PageSupervisor
 from storage_node.pressure import Pressure
@@ -80,11 +80,11 @@ async def serve(config: StorageConfig, start_pages: Callable[[], PageProcess]) -
     log_service = StorageLogService(config.name, volumes, appends, changed)
     storage_pb2_grpc.add_StorageLogServicer_to_server(log_service, server)
     storage_pb2_grpc.add_BundlesServicer_to_server(BundlesService(volumes), server)
-    lane = LaneServer(appends)
+    lane = append_lane(appends)
     try:
         _listen(server, f"{config.host}:{config.log_port}")
         await server.start()
-        await _start_lane(lane, config)
+        await lane.start(config.host, config.frames_port)
         async with asyncio.TaskGroup() as tasks:
             heartbeat = Heartbeat(config, volumes, membership, lambda: pages.running)
             work = (heartbeat, catch_up, pages, LogTrimmer(volumes))
@@ -98,15 +98,6 @@ async def serve(config: StorageConfig, start_pages: Callable[[], PageProcess]) -
         await server.stop(_GRACE_SECONDS)
         volumes.close()
     _log.info("storage node stopped")
-
-
-async def _start_lane(lane: LaneServer, config: StorageConfig) -> None:
-    try:
-        await lane.start(config.host, config.frames_port)
-    except OSError as error:
-        raise BadUsage(
-            f"cannot listen on {config.host}:{config.frames_port}: {error.strerror or error}"
-        ) from error
 
 
 def run(config: StorageConfig, start_pages: Callable[[], PageProcess]) -> None:
@@ -133,8 +124,16 @@ def run(config: StorageConfig, start_pages: Callable[[], PageProcess]) -> None:
 @click.option(
     "--log-port", required=True, type=click.IntRange(1, 65535), help="gRPC: log, bundles."
 )
-@click.option("--frames-port", required=True, type=click.IntRange(1, 65535), help="Framed lane.")
+@click.option(
+    "--frames-port", required=True, type=click.IntRange(1, 65535), help="Framed lane of appends."
+)
 @click.option("--pages-port", required=True, type=click.IntRange(1, 65535), help="gRPC: pages.")
+@click.option(
+    "--page-frames-port",
+    required=True,
+    type=click.IntRange(1, 65535),
+    help="Framed lane of page reads.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
 @click.option(
     "--retain-log-mib",
@@ -158,6 +157,7 @@ def main(
     log_port: int,
     frames_port: int,
     pages_port: int,
+    page_frames_port: int,
     host: str,
     retain_log_mib: int,
     index_lag_mib: int,
@@ -174,6 +174,7 @@ def main(
         log_port=log_port,
         frames_port=frames_port,
         pages_port=pages_port,
+        page_frames_port=page_frames_port,
         retain_log_bytes=retain_log_mib << 20,
         pressure=Pressure(soft_bytes=index_lag_mib << 20),
     )

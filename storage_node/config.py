@@ -70,6 +70,8 @@ class StorageConfig:
     """The framed lane of Append."""
     pages_port: int
     """gRPC: StoragePages, served by the page process."""
+    page_frames_port: int
+    """The framed lane of GetPages, served by the page process."""
     retain_log_bytes: int = RETAIN_LOG_BYTES
     """Log a volume keeps below the floor; more than that is turned into stored pages."""
     chain_records: int = CHAIN_RECORDS

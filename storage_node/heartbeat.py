@@ -105,6 +105,7 @@ class Heartbeat:
                     log=f"{config.host}:{config.log_port}",
                     frames=f"{config.host}:{config.frames_port}",
                     pages=f"{config.host}:{config.pages_port}",
+                    page_frames=f"{config.host}:{config.page_frames_port}",
                 ),
             ),
             incarnation=self._incarnation,

@@ -25,6 +25,7 @@ from boreal.rpc import storage_pb2_grpc
 from boreal.rpc.edge import make_server
 from boreal.types import NodeName
 from storage_node.config import StorageConfig
+from storage_node.page_lane import page_lane
 from storage_node.page_service import PageService
 from storage_node.page_volume import PageVolumes
 
@@ -103,13 +104,15 @@ def _parse(text: str) -> StorageConfig:
         log_port=int(words["log_port"]),
         frames_port=int(words["frames_port"]),
         pages_port=int(words["pages_port"]),
+        page_frames_port=int(words["page_frames_port"]),
         retain_log_bytes=int(words["retain_log_bytes"]),
         chain_records=int(words["chain_records"]),
     )
 
 
 async def serve(config: StorageConfig, wake_ups: int) -> None:
-    """Serve StoragePages until the pipe `wake_ups` (a descriptor) closes or SIGTERM comes."""
+    """Serve StoragePages and the lane of GetPages, until SIGTERM comes or `wake_ups`, a pipe's
+    descriptor, closes."""
     loop = asyncio.get_running_loop()
     finished, awake = asyncio.Event(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, finished.set)
@@ -127,10 +130,13 @@ async def serve(config: StorageConfig, wake_ups: int) -> None:
         storage_pb2_grpc.add_StoragePagesServicer_to_server(PageService(volumes), server)
         server.add_insecure_port(f"{config.host}:{config.pages_port}")
         await server.start()
+        lane = page_lane(volumes, tasks)
+        await lane.start(config.host, config.page_frames_port)
         listener = tasks.create_task(_wake(volumes, awake))
         await finished.wait()
         loop.remove_reader(wake_ups)
         listener.cancel()
+        await lane.stop()
         await server.stop(_GRACE_S)
         await volumes.close()
 

@@ -1,29 +1,29 @@
-"""gRPC StoragePages: pages and relations at an LSN."""
+"""gRPC StoragePages: all but reads of pages, which come by a lane (storage_node.page_lane)."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from grpc import aio
 
-from boreal.errors import MalformedRequest, OversizeRequest
+from boreal.errors import MalformedRequest
 from boreal.pages import PagesDigest
-from boreal.rpc import common_pb2, storage_pb2, storage_pb2_grpc
+from boreal.rpc import storage_pb2, storage_pb2_grpc
 from boreal.rpc.edge import epoch_of, fork_from_wire, fork_to_wire
-from boreal.types import PAGE_BYTES, Epoch, Fork, Lsn, RelationFork
+from boreal.types import PAGE_BYTES, Epoch, Fork, Lsn
+from storage_node.page_reads import (
+    MAX_BLOCKS,
+    MAX_PAGES_A_MESSAGE,
+    MAX_WAIT_S,
+    message_runs,
+    patience_s,
+    read_pages,
+)
 from storage_node.page_volume import PageVolume, PageVolumes
 
-MAX_PAGES_A_CALL = 1024
-MAX_PAGES_A_MESSAGE = 128
-_PAGES_A_TURN = 16
-"""Pages made before other calls and the ingest get their turn."""
 _RELATIONS_A_MESSAGE = 2000
-_MAX_WAIT_S = 30.0
-_ANSWER_S = 0.2
-_MAX_BLOCKS = 0xFFFFFFFE
-_ZERO_PAGE = bytes(PAGE_BYTES)
 
 _Context = aio.ServicerContext[Any, Any]
 
@@ -50,31 +50,17 @@ class PageService(storage_pb2_grpc.StoragePagesServicer):
             volume.check_same_import(Lsn(first.lsn))
             return storage_pb2.ImportPagesResponse(pages=volume.store.page_count)
 
-    async def GetPages(
-        self, request: storage_pb2.GetPagesRequest, context: _Context
-    ) -> AsyncIterator[storage_pb2.PageImages]:
-        """Pages of a fork as of an LSN, waiting for the index to get there."""
-        runs = _message_runs([(request.fork, request.first_block, request.count)])
-        volume = await self._volumes.get(request.volume.volume_id, epoch_of(request.volume))
-        await volume.wait_for(Lsn(request.lsn), Epoch(request.lineage_epoch), _time_left(context))
-        for fork, blocks in runs:
-            pages = await _pages(volume, fork, blocks, Lsn(request.lsn))
-            yield storage_pb2.PageImages(
-                first_block=blocks.start,
-                pages=b"".join(_ZERO_PAGE if page is None else page for page in pages),
-                exists=[page is not None for page in pages],
-            )
-
     async def DigestPages(
         self, request: storage_pb2.DigestPagesRequest, context: _Context
     ) -> storage_pb2.PageDigest:
         """A hash of what GetPages would answer."""
-        runs = _message_runs((r.fork, r.first_block, r.count) for r in request.ranges)
+        runs = message_runs((r.fork, r.first_block, r.count) for r in request.ranges)
         volume = await self._volumes.get(request.volume.volume_id, epoch_of(request.volume))
         await volume.wait_for(Lsn(request.lsn), Epoch(request.lineage_epoch), _time_left(context))
         digest = PagesDigest()
         for fork, blocks in runs:
-            digest.add(await _pages(volume, fork, blocks, Lsn(request.lsn)))
+            digest.add(await read_pages(volume, fork, blocks, Lsn(request.lsn)))
+            await asyncio.sleep(0)
         return storage_pb2.PageDigest(sha256=digest.result())
 
     async def ListRelations(
@@ -114,45 +100,6 @@ class PageService(storage_pb2_grpc.StoragePagesServicer):
         return state
 
 
-def _message_runs(
-    asked: Iterable[tuple[common_pb2.RelationFork, int, int]],
-) -> list[tuple[RelationFork, range]]:
-    """The (fork, first block, count) asked for, cut into what one message holds.
-
-    MalformedRequest or OversizeRequest if they are not 1 to MAX_PAGES_A_CALL pages that can exist.
-    """
-    runs = []
-    total = 0
-    for fork, first, count in asked:
-        total += count
-        if total > MAX_PAGES_A_CALL:
-            raise OversizeRequest(
-                f"{total} pages were asked for; the limit is {MAX_PAGES_A_CALL}",
-                limit_bytes=MAX_PAGES_A_CALL * PAGE_BYTES,
-            )
-        end = first + count
-        if count == 0 or end - 1 > _MAX_BLOCKS:
-            raise MalformedRequest(f"blocks {first} to {end - 1} are no range")
-        runs += [
-            (fork_from_wire(fork), range(begin, min(begin + MAX_PAGES_A_MESSAGE, end)))
-            for begin in range(first, end, MAX_PAGES_A_MESSAGE)
-        ]
-    if not runs:
-        raise MalformedRequest("no pages were asked for")
-    return runs
-
-
-async def _pages(
-    volume: PageVolume, fork: RelationFork, blocks: range, lsn: Lsn
-) -> list[bytes | None]:
-    """Pages of a volume whose index has come to `lsn`; other calls get their turns meanwhile."""
-    pages: list[bytes | None] = []
-    for turn in range(blocks.start, blocks.stop, _PAGES_A_TURN):
-        pages += volume.pages(fork, range(turn, min(turn + _PAGES_A_TURN, blocks.stop)), lsn)
-        await asyncio.sleep(0)
-    return pages
-
-
 async def _import(
     volume: PageVolume,
     message: storage_pb2.ImportPagesRequest | None,
@@ -179,7 +126,7 @@ def _store(volume: PageVolume, message: storage_pb2.ImportPagesRequest) -> None:
         return
     fork, size = fork_from_wire(message.fork), len(message.pages)
     count, rest = divmod(size, PAGE_BYTES)
-    if rest or count > MAX_PAGES_A_MESSAGE or message.first_block + count > _MAX_BLOCKS:
+    if rest or count > MAX_PAGES_A_MESSAGE or message.first_block + count > MAX_BLOCKS:
         raise MalformedRequest(
             f"{size} bytes from block {message.first_block} of {fork} are not whole pages, "
             f"{MAX_PAGES_A_MESSAGE} at most"
@@ -189,8 +136,5 @@ def _store(volume: PageVolume, message: storage_pb2.ImportPagesRequest) -> None:
 
 
 def _time_left(context: _Context) -> float:
-    """How long a call may wait, so that a typed refusal still gets back before its deadline."""
     remaining = context.time_remaining()
-    if remaining is None:
-        return _MAX_WAIT_S
-    return min(remaining - min(remaining / 4, _ANSWER_S), _MAX_WAIT_S)
+    return MAX_WAIT_S if remaining is None else patience_s(remaining)

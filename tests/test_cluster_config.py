@@ -50,7 +50,7 @@ def test_a_directory_may_be_moved(config: cluster.ClusterConfig, tmp_path: Path)
 
 def test_every_port_and_password_is_its_own(config: cluster.ClusterConfig) -> None:
     ports = cluster.internal_ports(config)
-    assert len(ports) == len(set(ports)) == 21
+    assert len(ports) == len(set(ports)) == 27
     ephemeral_from = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     assert max(ports) < max(ephemeral_from, 11_000)
     assert [(entry.name, entry.zone) for entry in config.storage] == list(cluster.ZONES.items())
@@ -97,7 +97,7 @@ def test_only_taken_ports_move(config: cluster.ClusterConfig, taken: int) -> Non
     assert list(moved) == [taken]
     assert fresh.storage[0] == replace(first, pages_port=moved[taken])
     assert replace(fresh, storage=config.storage) == config
-    assert len(set(cluster.internal_ports(fresh))) == 21
+    assert len(set(cluster.internal_ports(fresh))) == 27
 
 
 def test_an_instances_port_moves_only_if_taken(config: cluster.ClusterConfig, taken: int) -> None:
@@ -126,7 +126,7 @@ def test_readers_are_added_up_to_fifteen(config: cluster.ClusterConfig) -> None:
     full = cluster.with_readers(config, 15)
     assert full.instance_names == tuple(f"db-{n}" for n in range(1, 17))
     assert full.compute[0] == config.compute[0]
-    assert len(set(cluster.internal_ports(full))) == 21 + 2 * 15
+    assert len(set(cluster.internal_ports(full))) == 27 + 2 * 15
     assert cluster.with_readers(full, 3) == full
     with pytest.raises(BadUsage, match=r"at most 16 instances.*remove-reader"):
         cluster.with_instance(full)

@@ -72,8 +72,7 @@ def ports_of(config: ClusterConfig, name: str) -> tuple[int, ...]:
     if name == ENDPOINTS:
         return (config.postgres_port, config.reader_port)
     if name in storage_names():
-        node = _node(config, name)
-        return (node.log_port, node.frames_port, node.pages_port)
+        return _node(config, name).ports
     instance = config.instance(name)
     return (instance.agent_port, instance.postgres_port)
 
@@ -110,6 +109,7 @@ def _storage_options(config: ClusterConfig, entry: StorageEntry) -> tuple[str, .
         f"--log-port={entry.log_port}",
         f"--frames-port={entry.frames_port}",
         f"--pages-port={entry.pages_port}",
+        f"--page-frames-port={entry.page_frames_port}",
         *((f"--retain-log-mib={config.retain_log_mib}",) if config.retain_log_mib else ()),
     )
 

@@ -30,22 +30,26 @@ class StorageAddresses(_message.Message):
     LOG_FIELD_NUMBER: _builtins.int
     FRAMES_FIELD_NUMBER: _builtins.int
     PAGES_FIELD_NUMBER: _builtins.int
+    PAGE_FRAMES_FIELD_NUMBER: _builtins.int
     log: _builtins.str
     """gRPC: StorageLog, Bundles"""
     frames: _builtins.str
     """framed lane of Append"""
     pages: _builtins.str
     """gRPC: StoragePages"""
+    page_frames: _builtins.str
+    """framed lane of GetPages"""
     def __init__(
         self,
         *,
         log: _builtins.str = ...,
         frames: _builtins.str = ...,
         pages: _builtins.str = ...,
+        page_frames: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frames", b"frames", "log", b"log", "pages", b"pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frames", b"frames", "log", b"log", "page_frames", b"page_frames", "pages", b"pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

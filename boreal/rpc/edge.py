@@ -96,10 +96,16 @@ def calling(peer: str, what: str) -> Iterator[None]:
 # --- servers and channels ----------------------------------------------------------------------
 
 
-async def _abort(context: aio.ServicerContext[Any, Any], error: BaseException) -> None:
-    if not isinstance(error, BorealError):
-        _log.error("unexpected error in an RPC handler", exc_info=error)
-        error = Internal(f"{type(error).__name__}: {error}")
+def expected(error: BaseException) -> BorealError:
+    """What a handler's error is to the caller: itself, or Internal and a line in the log."""
+    if isinstance(error, BorealError):
+        return error
+    _log.error("unexpected error in a call's handler", exc_info=error)
+    return Internal(f"{type(error).__name__}: {error}")
+
+
+async def _abort(context: aio.ServicerContext[Any, Any], failure: BaseException) -> None:
+    error = expected(failure)
     wire = error_to_wire(error).SerializeToString()
     status = getattr(grpc.StatusCode, error.status)
     await context.abort(

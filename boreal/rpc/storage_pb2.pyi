@@ -3,9 +3,13 @@
 isort:skip_file
 A storage node: one segment (replica) of each volume.
 
-Three services on two processes. `StorageLog` and `Bundles` live in the node's log process, which
-does nothing but make bytes durable; `StoragePages` lives in its page process, which indexes the
-log and materializes pages, so that neither ever waits for the other.
+Three services and two framed lanes on two processes. `StorageLog`, `Bundles` and the lane of Append
+live in the node's log process, which does nothing but make bytes durable; `StoragePages` and the
+lane of GetPages live in its page process, which indexes the log and materializes pages, so that
+neither ever waits for the other.
+
+A framed lane is a TCP connection that carries messages of one type in each direction, each behind
+a 4-byte big-endian length.
 """
 
 from boreal.rpc import common_pb2 as _common_pb2
@@ -387,6 +391,103 @@ class ImportPagesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ImportPagesResponse: _TypeAlias = ImportPagesResponse  # noqa: Y015
+
+@_typing.final
+class PageCall(_message.Message):
+    """GetPages, the framed lane: pages of one relation fork as of `lsn`, in block order. Waits, at most
+    until the call's deadline, for the index to reach `lsn`. A block the fork did not have at `lsn`
+    comes with `exists` false. Fails with NotMaterializable rather than return a page that may be wrong.
+
+    Many calls may be under way on a connection, 256 at most (more are refused with NotNow); they are
+    answered in any order, each by one or more PageAnswers. The calls of a connection end with it. A
+    node that cannot follow a connection says why, in an answer to call 0, and hangs up.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
+    GET_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
+    WITHIN_MS_FIELD_NUMBER: _builtins.int
+    call: _builtins.int
+    """the caller's number for it, not 0, and not that of another under way"""
+    within_ms: _builtins.int
+    """of a `get`: how long the caller waits"""
+    @_builtins.property
+    def get(self) -> Global___GetPagesRequest: ...
+    @_builtins.property
+    def cancel(self) -> Global___CancelPages:
+        """nobody waits for that call any more. No answer but what is on its way"""
+
+    def __init__(
+        self,
+        *,
+        call: _builtins.int = ...,
+        get: Global___GetPagesRequest | None = ...,
+        cancel: Global___CancelPages | None = ...,
+        within_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "get", b"get", "what", b"what"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "cancel", b"cancel", "get", b"get", "what", b"what", "within_ms", b"within_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["get", "cancel"]  # noqa: Y015
+    _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
+
+Global___PageCall: _TypeAlias = PageCall  # noqa: Y015
+
+@_typing.final
+class CancelPages(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelPages: _TypeAlias = CancelPages  # noqa: Y015
+
+@_typing.final
+class PageAnswer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    call: _builtins.int
+    last: _builtins.bool
+    """with `images`: that was all"""
+    @_builtins.property
+    def images(self) -> Global___PageImages:
+        """at most 128 pages"""
+
+    @_builtins.property
+    def error(self) -> _common_pb2.Error:
+        """the last of its call"""
+
+    def __init__(
+        self,
+        *,
+        call: _builtins.int = ...,
+        images: Global___PageImages | None = ...,
+        error: _common_pb2.Error | None = ...,
+        last: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "images", b"images", "outcome", b"outcome"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "error", b"error", "images", b"images", "last", b"last", "outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["images", "error"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___PageAnswer: _TypeAlias = PageAnswer  # noqa: Y015
 
 @_typing.final
 class GetPagesRequest(_message.Message):

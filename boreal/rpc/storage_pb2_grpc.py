@@ -113,7 +113,7 @@ class StorageLogServicer:
 
     def Append(self, request_iterator, context):
         """Appends redo. Answers in order, one response for each request, sent when the bytes are durable.
-        The framed lane carries the same two messages, each behind a 4-byte big-endian length.
+        The framed lane of Append carries the same two messages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -393,11 +393,6 @@ class StoragePagesStub:
                 request_serializer=boreal_dot_rpc_dot_storage__pb2.ImportPagesRequest.SerializeToString,
                 response_deserializer=boreal_dot_rpc_dot_storage__pb2.ImportPagesResponse.FromString,
                 _registered_method=True)
-        self.GetPages = channel.unary_stream(
-                '/boreal.StoragePages/GetPages',
-                request_serializer=boreal_dot_rpc_dot_storage__pb2.GetPagesRequest.SerializeToString,
-                response_deserializer=boreal_dot_rpc_dot_storage__pb2.PageImages.FromString,
-                _registered_method=True)
         self.DigestPages = channel.unary_unary(
                 '/boreal.StoragePages/DigestPages',
                 request_serializer=boreal_dot_rpc_dot_storage__pb2.DigestPagesRequest.SerializeToString,
@@ -429,18 +424,9 @@ class StoragePagesServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def GetPages(self, request, context):
-        """Pages of one relation fork as of `lsn`, in block order. Waits, at most until the call's
-        deadline, for the index to reach `lsn`. A block the fork did not have at `lsn` comes with
-        `exists` false. Fails with NotMaterializable rather than return a page that may be wrong.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def DigestPages(self, request, context):
-        """What GetPages would answer for some ranges, as one hash: nodes that agree on it hold the same
-        pages, byte for byte. The same conditions, waits and errors.
+        """What GetPages (below) would answer for some ranges, as one hash: nodes that agree on it hold the
+        same pages, byte for byte. The same conditions, waits and errors.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -468,11 +454,6 @@ def add_StoragePagesServicer_to_server(servicer, server):
                     servicer.ImportPages,
                     request_deserializer=boreal_dot_rpc_dot_storage__pb2.ImportPagesRequest.FromString,
                     response_serializer=boreal_dot_rpc_dot_storage__pb2.ImportPagesResponse.SerializeToString,
-            ),
-            'GetPages': grpc.unary_stream_rpc_method_handler(
-                    servicer.GetPages,
-                    request_deserializer=boreal_dot_rpc_dot_storage__pb2.GetPagesRequest.FromString,
-                    response_serializer=boreal_dot_rpc_dot_storage__pb2.PageImages.SerializeToString,
             ),
             'DigestPages': grpc.unary_unary_rpc_method_handler(
                     servicer.DigestPages,
@@ -520,33 +501,6 @@ class StoragePages:
             '/boreal.StoragePages/ImportPages',
             boreal_dot_rpc_dot_storage__pb2.ImportPagesRequest.SerializeToString,
             boreal_dot_rpc_dot_storage__pb2.ImportPagesResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def GetPages(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
-            target,
-            '/boreal.StoragePages/GetPages',
-            boreal_dot_rpc_dot_storage__pb2.GetPagesRequest.SerializeToString,
-            boreal_dot_rpc_dot_storage__pb2.PageImages.FromString,
             options,
             channel_credentials,
             insecure,

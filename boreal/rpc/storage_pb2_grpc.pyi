@@ -3,9 +3,13 @@
 isort:skip_file
 A storage node: one segment (replica) of each volume.
 
-Three services on two processes. `StorageLog` and `Bundles` live in the node's log process, which
-does nothing but make bytes durable; `StoragePages` lives in its page process, which indexes the
-log and materializes pages, so that neither ever waits for the other.
+Three services and two framed lanes on two processes. `StorageLog`, `Bundles` and the lane of Append
+live in the node's log process, which does nothing but make bytes durable; `StoragePages` and the
+lane of GetPages live in its page process, which indexes the log and materializes pages, so that
+neither ever waits for the other.
+
+A framed lane is a TCP connection that carries messages of one type in each direction, each behind
+a 4-byte big-endian length.
 """
 
 from boreal.rpc import storage_pb2 as _storage_pb2
@@ -56,7 +60,7 @@ class StorageLogStub:
     """
     Append: _grpc.StreamStreamMultiCallable[_storage_pb2.AppendRequest, _storage_pb2.AppendResponse]
     """Appends redo. Answers in order, one response for each request, sent when the bytes are durable.
-    The framed lane carries the same two messages, each behind a 4-byte big-endian length.
+    The framed lane of Append carries the same two messages.
     """
     GetPosition: _grpc.UnaryUnaryMultiCallable[_storage_pb2.GetPositionRequest, _storage_pb2.Position]
     """Where this segment stands. No side effect."""
@@ -88,7 +92,7 @@ class StorageLogAsyncStub(StorageLogStub):
     """
     Append: _aio.StreamStreamMultiCallable[_storage_pb2.AppendRequest, _storage_pb2.AppendResponse]  # type: ignore[assignment]
     """Appends redo. Answers in order, one response for each request, sent when the bytes are durable.
-    The framed lane carries the same two messages, each behind a 4-byte big-endian length.
+    The framed lane of Append carries the same two messages.
     """
     GetPosition: _aio.UnaryUnaryMultiCallable[_storage_pb2.GetPositionRequest, _storage_pb2.Position]  # type: ignore[assignment]
     """Where this segment stands. No side effect."""
@@ -147,7 +151,7 @@ class StorageLogServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_storage_pb2.AppendResponse], _abc.AsyncIterator[_storage_pb2.AppendResponse]]:
         """Appends redo. Answers in order, one response for each request, sent when the bytes are durable.
-        The framed lane carries the same two messages, each behind a 4-byte big-endian length.
+        The framed lane of Append carries the same two messages.
         """
 
     @_abc_1.abstractmethod
@@ -184,14 +188,9 @@ class StoragePagesStub:
     """The one time pages travel towards storage: the base of a fresh volume. Every message names the
     volume; all pages count as of `lsn`. Durable when answered.
     """
-    GetPages: _grpc.UnaryStreamMultiCallable[_storage_pb2.GetPagesRequest, _storage_pb2.PageImages]
-    """Pages of one relation fork as of `lsn`, in block order. Waits, at most until the call's
-    deadline, for the index to reach `lsn`. A block the fork did not have at `lsn` comes with
-    `exists` false. Fails with NotMaterializable rather than return a page that may be wrong.
-    """
     DigestPages: _grpc.UnaryUnaryMultiCallable[_storage_pb2.DigestPagesRequest, _storage_pb2.PageDigest]
-    """What GetPages would answer for some ranges, as one hash: nodes that agree on it hold the same
-    pages, byte for byte. The same conditions, waits and errors.
+    """What GetPages (below) would answer for some ranges, as one hash: nodes that agree on it hold the
+    same pages, byte for byte. The same conditions, waits and errors.
     """
     ListRelations: _grpc.UnaryStreamMultiCallable[_storage_pb2.ListRelationsRequest, _storage_pb2.RelationSizes]
     """Every relation fork that exists at `lsn` with its size in blocks: what a compute node needs to
@@ -212,14 +211,9 @@ class StoragePagesAsyncStub(StoragePagesStub):
     """The one time pages travel towards storage: the base of a fresh volume. Every message names the
     volume; all pages count as of `lsn`. Durable when answered.
     """
-    GetPages: _aio.UnaryStreamMultiCallable[_storage_pb2.GetPagesRequest, _storage_pb2.PageImages]  # type: ignore[assignment]
-    """Pages of one relation fork as of `lsn`, in block order. Waits, at most until the call's
-    deadline, for the index to reach `lsn`. A block the fork did not have at `lsn` comes with
-    `exists` false. Fails with NotMaterializable rather than return a page that may be wrong.
-    """
     DigestPages: _aio.UnaryUnaryMultiCallable[_storage_pb2.DigestPagesRequest, _storage_pb2.PageDigest]  # type: ignore[assignment]
-    """What GetPages would answer for some ranges, as one hash: nodes that agree on it hold the same
-    pages, byte for byte. The same conditions, waits and errors.
+    """What GetPages (below) would answer for some ranges, as one hash: nodes that agree on it hold the
+    same pages, byte for byte. The same conditions, waits and errors.
     """
     ListRelations: _aio.UnaryStreamMultiCallable[_storage_pb2.ListRelationsRequest, _storage_pb2.RelationSizes]  # type: ignore[assignment]
     """Every relation fork that exists at `lsn` with its size in blocks: what a compute node needs to
@@ -245,24 +239,13 @@ class StoragePagesServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
-    def GetPages(
-        self,
-        request: _storage_pb2.GetPagesRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_storage_pb2.PageImages], _abc.AsyncIterator[_storage_pb2.PageImages]]:
-        """Pages of one relation fork as of `lsn`, in block order. Waits, at most until the call's
-        deadline, for the index to reach `lsn`. A block the fork did not have at `lsn` comes with
-        `exists` false. Fails with NotMaterializable rather than return a page that may be wrong.
-        """
-
-    @_abc_1.abstractmethod
     def DigestPages(
         self,
         request: _storage_pb2.DigestPagesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_storage_pb2.PageDigest, _abc.Awaitable[_storage_pb2.PageDigest]]:
-        """What GetPages would answer for some ranges, as one hash: nodes that agree on it hold the same
-        pages, byte for byte. The same conditions, waits and errors.
+        """What GetPages (below) would answer for some ranges, as one hash: nodes that agree on it hold the
+        same pages, byte for byte. The same conditions, waits and errors.
         """
 
     @_abc_1.abstractmethod

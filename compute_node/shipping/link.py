@@ -106,7 +106,7 @@ class _Lane(asyncio.Protocol):
     def __init__(self, peer: NodeName, on_response: Callable[[bytes], None]) -> None:
         self._peer = peer
         self._on_response = on_response
-        self._frames = FrameReader()
+        self._frames = FrameReader("Append")
         self._transport: asyncio.Transport | None = None
         self.ended: asyncio.Future[BorealError] = asyncio.get_running_loop().create_future()
 

@@ -215,7 +215,8 @@ class Cluster:
         self._address = address
         self.nodes = [NodeProcess(f"sn-{n}", home, address) for n in range(1, 7)]
         for node in self.nodes:  # of ports that no outgoing connection is given meanwhile
-            node.log_port, node.frames_port, node.pages_port = free_ports(3)
+            ports = free_ports(4)
+            node.log_port, node.frames_port, node.pages_port, node.page_frames_port = ports
         self.agents: dict[str, AgentProcess] = {}
 
     def add(self, name: str, *options: str) -> AgentProcess:

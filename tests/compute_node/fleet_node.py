@@ -1,4 +1,4 @@
-"""A storage node as a fleet sees it: the three services over real gRPC, all state in memory."""
+"""A storage node as a fleet sees it: services and lane over real sockets, all state in memory."""
 
 # ruff: noqa: N802 - the methods are named as the calls are
 
@@ -15,6 +15,7 @@ from boreal.quorum import Lineage, SegmentState
 from boreal.rpc import control_pb2, storage_pb2, storage_pb2_grpc
 from boreal.rpc.edge import fork_from_wire, lineage_from_wire, lineage_to_wire, make_server
 from boreal.types import PAGE_BYTES, Epoch, Lsn, RelationFork
+from tests.compute_node.fake_lane import FakeLane
 
 SYSTEM_IDENTIFIER = 7
 LOG_START = Lsn(16 * 1024 * 1024)
@@ -30,6 +31,7 @@ class FleetNode(
     def __init__(self, name: str) -> None:
         self.name = name
         self.port = 0
+        self.lane = FakeLane(self.get_pages)
         self.state = SegmentState(
             promised=Epoch(1),
             lineage=Lineage.of([(1, LOG_START)]),
@@ -52,7 +54,12 @@ class FleetNode(
         address = f"127.0.0.1:{self.port}"
         return control_pb2.StorageNode(
             name=self.name,
-            addresses=control_pb2.StorageAddresses(log=address, frames="-", pages=address),
+            addresses=control_pb2.StorageAddresses(
+                log=address,
+                frames="-",
+                pages=address,
+                page_frames=f"127.0.0.1:{self.lane.port}",
+            ),
         )
 
     async def _enter(self, call: str, volume: Any) -> None:
@@ -116,7 +123,9 @@ class FleetNode(
 
     # --- pages ---------------------------------------------------------------------------------
 
-    async def GetPages(self, request: Any, context: Any) -> AsyncIterator[storage_pb2.PageImages]:
+    async def get_pages(
+        self, request: storage_pb2.GetPagesRequest
+    ) -> AsyncIterator[storage_pb2.PageImages]:
         await self._enter("GetPages", request.volume)
         known = self.pages.get(fork_from_wire(request.fork), [])
         wanted = range(request.first_block, request.first_block + request.count)
@@ -216,4 +225,6 @@ async def running(*nodes: FleetNode) -> AsyncIterator[list[control_pb2.StorageNo
             node.port = server.add_insecure_port("127.0.0.1:0")
             await server.start()
             stack.push_async_callback(server.stop, None)
+            await node.lane.start()
+            stack.push_async_callback(node.lane.stop)
         yield [node.member for node in nodes]

@@ -153,7 +153,7 @@ class _FakeLane(asyncio.Protocol):
 
     def __init__(self, node: FakeNode) -> None:
         self._node = node
-        self._reader = FrameReader()
+        self._reader = FrameReader("Append")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)

@@ -2,7 +2,7 @@
 
 Goal: a read succeeds while one node can serve it, whatever the others do, and fails with each
 node's reason otherwise; a quorum call succeeds exactly with enough nodes, without waiting for a
-hung one; a newer epoch is never retried away. Method: real gRPC servers with small state, told to
+hung one; a newer epoch is never retried away. Method: real servers with small state, told to
 fail or hang; the choice of a node, being pure, by its values.
 """
 
@@ -143,7 +143,7 @@ async def test_the_next_node_is_asked_when_one_cannot_serve(failure: BorealError
 async def test_hung_and_dead_nodes_are_passed_over() -> None:
     async with six() as (fleet, nodes):
         nodes[0].hanging = nodes[1].hanging = True
-        nodes[2].port = 1  # nobody listens there
+        nodes[2].lane.port = 1  # nobody listens there
         await fleet.set_members([node.member for node in nodes])
         started = time.monotonic()
         assert await page_at(fleet, 0) == page_of(1)

@@ -43,7 +43,9 @@ def node_process() -> Iterator[tuple[subprocess.Popen[str], control_pb2.StorageN
         try:
             assert process.stdout is not None
             address = f"127.0.0.1:{int(process.stdout.readline())}"
-            addresses = control_pb2.StorageAddresses(log=address, frames="-", pages=address)
+            addresses = control_pb2.StorageAddresses(
+                log="-", frames="-", pages="-", page_frames=address
+            )
             yield process, control_pb2.StorageNode(name=address, addresses=addresses)
         finally:
             process.kill()

@@ -173,7 +173,7 @@ async def test_pgmrpl_travels_with_the_appends() -> None:
         f.shipper.set_pgmrpl(Lsn(START + 7))
         f.push(b"x")
         batch = f.shipper._outbox.batch(START)
-        (body,) = FrameReader().feed(batch.frame)
+        (body,) = FrameReader("Append").feed(batch.frame)
         assert storage_pb2.AppendRequest.FromString(body).pgmrpl == START + 7
 
 
@@ -417,7 +417,7 @@ def test_the_vdl_is_what_four_nodes_hold_and_each_is_sent_every_byte_once(
             scls[name] = START
         elif scls[name] >= outbox.window.start:
             batch = outbox.batch(scls[name])
-            (body,) = FrameReader().feed(batch.frame)
+            (body,) = FrameReader("Append").feed(batch.frame)
             request = storage_pb2.AppendRequest.FromString(body)
             assert (request.start_lsn, request.vdl) == (scls[name], batch.vdl)
             assert batch.end == scls[name] + len(request.data)

@@ -1,6 +1,6 @@
 """Goal: whichever node holds whatever wrongly, it is named, and nobody else is.
 
-Method: six storage nodes in this process over real gRPC, their pages made by hand; PostgreSQL's
+Method: six storage nodes in this process over real sockets, their pages made by hand; PostgreSQL's
 files in a directory. (Whole clusters are verified in tests/cluster.)
 """
 
@@ -37,10 +37,10 @@ class Node(FleetNode):
 
     pages_sent = 0
 
-    async def GetPages(  # noqa: N802
-        self, request: Any, context: Any
+    async def get_pages(
+        self, request: storage_pb2.GetPagesRequest
     ) -> AsyncIterator[storage_pb2.PageImages]:
-        async for images in super().GetPages(request, context):
+        async for images in super().get_pages(request):
             self.pages_sent += len(images.exists)
             yield images
 

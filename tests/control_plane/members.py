@@ -71,7 +71,10 @@ class Members:
             name=f"sn-{number}",
             zone="abc"[(number - 1) // 2 % 3],
             addresses=control_pb2.StorageAddresses(
-                log=f"h:{number}1", frames=f"h:{number}2", pages=f"h:{number}3"
+                log=f"h:{number}1",
+                frames=f"h:{number}2",
+                pages=f"h:{number}3",
+                page_frames=f"h:{number}4",
             ),
         )
         request = control_pb2.StorageHeartbeatRequest(

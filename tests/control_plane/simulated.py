@@ -38,6 +38,7 @@ def storage_member(name: NodeName) -> StorageMember:
         log_address=f"{name}:1",
         frames_address=f"{name}:2",
         pages_address=f"{name}:3",
+        page_frames_address=f"{name}:4",
     )
 
 

@@ -24,7 +24,12 @@ from control_plane.view import Appointment, Cause, Creation, Outcome, Switchover
 VOLUME = VolumeId("vol-1")
 CREATION = Creation(volume=VOLUME, instance=InstanceName("db-1"), incarnation="x")
 NODE = StorageMember(
-    name=NodeName("sn-1"), zone="a", log_address="h:1", frames_address="h:2", pages_address="h:3"
+    name=NodeName("sn-1"),
+    zone="a",
+    log_address="h:1",
+    frames_address="h:2",
+    pages_address="h:3",
+    page_frames_address="h:4",
 )
 INSTANCE = InstanceMember(name=InstanceName("db-1"), address="h:4", postgres_port=5)
 

@@ -49,7 +49,7 @@ class NodeProcess:
     def __init__(self, name: str, home: Path, control: str) -> None:
         self.name = name
         self.data_dir = home / name
-        self.log_port, self.frames_port, self.pages_port = free_ports(3)
+        self.log_port, self.frames_port, self.pages_port, self.page_frames_port = free_ports(4)
         self._control = control
         self._output = home / f"{name}.log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -66,6 +66,7 @@ class NodeProcess:
             *("--data-dir", str(self.data_dir), "--control", self._control),
             *("--log-port", str(self.log_port), "--frames-port", str(self.frames_port)),
             *("--pages-port", str(self.pages_port)),
+            *("--page-frames-port", str(self.page_frames_port)),
         ]
 
     def start(self) -> None:
@@ -225,7 +226,7 @@ class LaneClient:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
-        self._frames = FrameReader()
+        self._frames = FrameReader("Append")
         self._responses: list[storage_pb2.AppendResponse] = []
 
     def send(self, data: bytes) -> None:

@@ -30,7 +30,7 @@ _APPEND_BYTES = 1 << 20
 WAIT_S = 60.0
 
 
-def storage_config(data_dir: Path, pages_port: int = 0) -> StorageConfig:
+def storage_config(data_dir: Path, pages_port: int = 0, page_frames_port: int = 0) -> StorageConfig:
     """A node that serves pages only."""
     (data_dir / "volumes").mkdir(parents=True, exist_ok=True)
     return StorageConfig(
@@ -42,6 +42,7 @@ def storage_config(data_dir: Path, pages_port: int = 0) -> StorageConfig:
         log_port=1,
         frames_port=2,
         pages_port=pages_port,
+        page_frames_port=page_frames_port,
     )
 
 

@@ -25,6 +25,7 @@ from storage_node import page_process
 from storage_node.config import StorageConfig
 from storage_node.page_process import PageProcess
 from tests.storage_node.node_process import free_ports
+from tests.storage_node.page_lane_kit import page_lane_client
 from tests.storage_node.page_volume_kit import (
     EPOCH,
     VOLUME,
@@ -40,7 +41,7 @@ from tests.storage_node.recorded_run import RecordedRun, Snapshot
 
 @pytest.fixture
 def config(tmp_path: Path) -> StorageConfig:
-    return storage_config(tmp_path, free_ports(1)[0])
+    return storage_config(tmp_path, *free_ports(2))
 
 
 @contextmanager
@@ -88,22 +89,8 @@ async def test_killed_in_the_middle_of_its_work_it_continues(
     fork = RelationFork(1663, 5, 1259, Fork.MAIN)
     with _running(config):
         _wait(lambda: segment.shared.indexed > killed_at)
-        async with _client(config) as stub:
-            request = storage_pb2.GetPagesRequest(
-                volume=volume_ref(VOLUME, EPOCH),
-                fork=fork_to_wire(fork),
-                count=len(last.files[fork]) // PAGE_BYTES,
-                lsn=last.lsn,
-            )
-            (images,) = [
-                images
-                async for images in stub.GetPages(request, timeout=WAIT_S, wait_for_ready=True)
-            ]
-    assert all(images.exists)
-    # Hint bits aside: tests/storage_node/test_materialize.py compares under masks.
-    assert len(images.pages) == len(last.files[fork])
-    for at in range(0, len(images.pages), PAGE_BYTES):
-        assert images.pages[at : at + 8] == last.files[fork][at : at + 8]
+        # Hint bits aside: tests/storage_node/test_materialize.py compares under masks.
+        await _same_lsns(config, fork, last)
     assert killed_at < last.lsn, "it was killed too late to prove anything"
     segment.close()
 
@@ -113,7 +100,7 @@ async def test_killed_while_it_retires_log_it_continues(
 ) -> None:
     """SIGKILL again and again, at any moment of sealing, storing and retiring."""
     config = replace(
-        storage_config(tmp_path, free_ports(1)[0]), retain_log_bytes=4 << 20, chain_records=8
+        storage_config(tmp_path, *free_ports(2)), retain_log_bytes=4 << 20, chain_records=8
     )
     segment = make_segment(config, recorded_run)
     last = recorded_run.snapshots[-1]
@@ -140,25 +127,24 @@ async def test_killed_while_it_retires_log_it_continues(
             _wait(lambda gone=process: gone.poll() is not None)  # type: ignore[misc]
     with _running(config):
         _wait(lambda: segment.shared.floor - segment.shared.retired <= 5 << 20)
-        async with _client(config) as stub:
-            for number in (1259, 1249, 1255, 2662):
-                fork = RelationFork(1663, 5, number, Fork.MAIN)
-                if fork in last.files:
-                    await _same_lsns(stub, fork, last)
+        for number in (1259, 1249, 1255, 2662):
+            fork = RelationFork(1663, 5, number, Fork.MAIN)
+            if fork in last.files:
+                await _same_lsns(config, fork, last)
     segment.close()
 
 
-async def _same_lsns(
-    stub: storage_pb2_grpc.StoragePagesAsyncStub, fork: RelationFork, snapshot: Snapshot
-) -> None:
+async def _same_lsns(config: StorageConfig, fork: RelationFork, snapshot: Snapshot) -> None:
     request = storage_pb2.GetPagesRequest(
         volume=volume_ref(VOLUME, EPOCH),
         fork=fork_to_wire(fork),
         count=len(snapshot.files[fork]) // PAGE_BYTES,
         lsn=snapshot.lsn,
     )
-    answers = stub.GetPages(request, timeout=WAIT_S, wait_for_ready=True)
-    pages = b"".join([images.pages async for images in answers])
+    async with page_lane_client(config.page_frames_port) as client:
+        images = await client.images(client.begin(request))
+    assert all(exists for each in images for exists in each.exists)
+    pages = b"".join(each.pages for each in images)
     wanted = snapshot.files[fork]
     assert len(pages) == len(wanted)
     for at in range(0, len(pages), PAGE_BYTES):
@@ -181,7 +167,7 @@ import os, sys
 from pathlib import Path
 from storage_node import page_process
 from tests.storage_node.page_volume_kit import storage_config
-process = page_process.start(storage_config(Path(sys.argv[1]), int(sys.argv[2])))
+process = page_process.start(storage_config(Path(sys.argv[1]), *map(int, sys.argv[2:])))
 print(process.pid, flush=True)
 sys.stdin.read()
 os.kill(os.getpid(), 9)
@@ -189,8 +175,9 @@ os.kill(os.getpid(), 9)
 
 
 def test_it_dies_with_its_parent(config: StorageConfig) -> None:
+    ports = (config.pages_port, config.page_frames_port)
     with subprocess.Popen(
-        [sys.executable, "-c", _PARENT, str(config.data_dir), str(config.pages_port)],
+        [sys.executable, "-c", _PARENT, str(config.data_dir), *map(str, ports)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as parent:

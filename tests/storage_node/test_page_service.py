@@ -1,7 +1,8 @@
-"""Goal: StoragePages keeps its contract, and whatever is asked wrongly gets a typed refusal.
+"""Goal: StoragePages and GetPages keep their contract, and whatever is asked wrongly gets a typed
+refusal.
 
-Method: the real service on a real gRPC server in this process, over a segment holding a recorded
-run; the test plays the log process.
+Method: the real service on a real gRPC server and the real lane, in this process, over a segment
+holding a recorded run; the test plays the log process. (What is the lane's own: test_page_lane.py.)
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from boreal.rpc import storage_pb2, storage_pb2_grpc
 from boreal.rpc.edge import calling, fork_to_wire, make_server, open_channel, volume_ref
 from boreal.types import PAGE_BYTES, Epoch, Fork, Lsn, RelationFork, VolumeId
 from storage_node.config import StorageConfig
+from storage_node.page_lane import page_lane
 from storage_node.page_service import PageService
 from storage_node.page_volume import PageVolumes
 from storage_node.segment import Segment
+from tests.storage_node.page_lane_kit import page_lane_client
 from tests.storage_node.page_volume_kit import (
     EPOCH,
     VOLUME,
@@ -46,6 +49,7 @@ class Node:
 
     config: StorageConfig
     volumes: PageVolumes
+    lane_port: int
     stub: storage_pb2_grpc.StoragePagesAsyncStub
 
     async def import_pages(
@@ -75,8 +79,8 @@ class Node:
             count=count,
             lsn=lsn,
         )
-        with calling("sn-1", "GetPages"):
-            return [images async for images in self.stub.GetPages(request, timeout=timeout_s)]
+        async with page_lane_client(self.lane_port) as client:
+            return await client.images(client.begin(request, timeout_s))
 
     async def digest(self, lsn: int, *ranges: tuple[RelationFork, int, int]) -> bytes:
         request = storage_pb2.DigestPagesRequest(
@@ -117,11 +121,14 @@ async def _serving(config: StorageConfig) -> AsyncIterator[Node]:
         volumes = PageVolumes(config, tasks)
         storage_pb2_grpc.add_StoragePagesServicer_to_server(PageService(volumes), server)
         await server.start()
+        lane = page_lane(volumes, tasks)
+        lane_port = await lane.start("127.0.0.1", 0)
         channel = open_channel(f"127.0.0.1:{port}")
         try:
-            yield Node(config, volumes, storage_pb2_grpc.StoragePagesStub(channel))
+            yield Node(config, volumes, lane_port, storage_pb2_grpc.StoragePagesStub(channel))
         finally:
             await channel.close(None)
+            await lane.stop()
             await server.stop(None)
             await volumes.close()
 

@@ -211,6 +211,7 @@ def config(tmp_path: Path) -> StorageConfig:
         log_port=1,
         frames_port=2,
         pages_port=3,
+        page_frames_port=4,
     )
 
 
