@@ -25,13 +25,14 @@ from bench.postgres import START_S, PostgresServer
 from boreal import cluster, process_tree
 from boreal.cluster import free_ports
 from boreal.command import status
-from boreal.command.remote import connect
+from boreal.command.remote import command_identity, connect
 from boreal.engine import Engine
 from boreal.errors import BorealError, Internal, NotNow, ProcessFailed
 from boreal.processes import LocalProcesses
 from boreal.quorum import SIX_WAY
 from boreal.rpc import control_pb2, storage_pb2, storage_pb2_grpc
 from boreal.rpc.edge import calling, open_channel
+from boreal.rpc.identity import Identity
 from boreal.waiting import wait_until
 
 _COMMAND_S = 180
@@ -320,11 +321,12 @@ class Boreal:
 
         None if a node, or the control plane, does not answer.
         """
-        found = asyncio.run(status.gather(cluster.load(self._directory))).cluster
+        config = cluster.load(self._directory)
+        found = asyncio.run(status.gather(config)).cluster
         if found is None or len(found.storage) < SIX_WAY.copies:
             return None
         try:
-            return asyncio.run(_most_unsettled(found))
+            return asyncio.run(_most_unsettled(found, command_identity(config)))
         except BorealError:
             return None
 
@@ -388,12 +390,12 @@ async def _take_bundle(config: cluster.ClusterConfig) -> None:
         await remote.take_bundle()
 
 
-async def _most_unsettled(found: control_pb2.ClusterStatus) -> int:
+async def _most_unsettled(found: control_pb2.ClusterStatus, identity: Identity | None) -> int:
     request = storage_pb2.GetIndexStateRequest(volume=found.volume)
     most = 0
     for report in found.storage:
         node = report.node
-        async with open_channel(node.addresses.pages) as channel:
+        async with open_channel(node.addresses.pages, identity) as channel:
             stub: storage_pb2_grpc.StoragePagesAsyncStub = storage_pb2_grpc.StoragePagesStub(
                 channel
             )

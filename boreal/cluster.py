@@ -22,6 +22,8 @@ MASTER_USER = "boreal"
 DATABASE = "postgres"
 CONTROL = "control"
 """The control plane's name as a process."""
+COMMAND = "boreal"
+"""The name under which the `boreal` command calls the processes."""
 ENDPOINTS = "endpoints"
 """The name of the process that listens where clients connect."""
 
@@ -90,6 +92,18 @@ class ClusterConfig:
     """How much log below the floor each storage node keeps; None: what storage nodes think best."""
     cache_bytes: int = 0
     """Bound on the pages a compute node keeps locally; 0: none."""
+    insecure: bool = False
+    """Whether its processes talk unencrypted, to anybody who comes."""
+
+    @property
+    def tls_dir(self) -> Path:
+        """The authority's certificate, and a directory for each process's own."""
+        return self.data_dir / "tls"
+
+    @property
+    def command_tls_dir(self) -> Path:
+        """The `boreal` command's own."""
+        return self.tls_dir / COMMAND
 
     @property
     def control_address(self) -> str:

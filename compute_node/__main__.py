@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from pathlib import Path
 
 import click
+import structlog
 import uvloop
 
 from boreal import logs
 from boreal.engine import find_engine
+from boreal.errors import BorealError
 from boreal.rpc import compute_pb2_grpc
-from boreal.rpc.edge import make_server
+from boreal.rpc.edge import listen, make_server
+from boreal.rpc.options import identity_options, take_identity
 from boreal.types import InstanceName
 from compute_node import shim
 from compute_node.agent import Agent
 from compute_node.config import ComputeConfig
 from compute_node.service import ComputeService
+
+_log = structlog.get_logger(__name__)
 
 
 async def serve(config: ComputeConfig) -> None:
@@ -28,7 +34,7 @@ async def serve(config: ComputeConfig) -> None:
     agent = Agent(config, engine, shim.build(config.engine_dir))
     server = make_server()
     compute_pb2_grpc.add_ComputeServicer_to_server(ComputeService(agent), server)
-    server.add_insecure_port(f"{config.host}:{config.port}")
+    listen(server, f"{config.host}:{config.port}")
     await server.start()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -67,6 +73,7 @@ async def serve(config: ComputeConfig) -> None:
 )
 @click.option("--cache-size", type=int, default=0, help="Bytes of pages to keep; 0: no bound.")
 @click.option("--setting", multiple=True, metavar="NAME=VALUE", help="Further PostgreSQL settings.")
+@identity_options
 def main(
     name: str,
     data_dir: Path,
@@ -79,6 +86,8 @@ def main(
     engine_dir: Path | None,
     cache_size: int,
     setting: tuple[str, ...],
+    tls_dir: Path | None,
+    insecure: bool,
 ) -> None:
     """Run one compute node: a PostgreSQL on a Boreal volume."""
     logs.configure(name)
@@ -95,8 +104,14 @@ def main(
         master_password=password_file.read_text().strip(),
         cache_bytes=cache_size,
         settings=tuple((key, value) for key, _, value in pairs),
+        tls_dir=tls_dir.absolute() if tls_dir else None,
     )
-    uvloop.run(serve(config))
+    try:
+        take_identity(config.tls_dir, insecure=insecure)
+        uvloop.run(serve(config))
+    except BorealError as error:
+        _log.error("compute node cannot run", code=error.code, why=error.message)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

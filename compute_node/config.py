@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from boreal.rpc.identity import CERTIFICATE_FILE, KEY_FILE
 from boreal.types import InstanceName
+from compute_node.shim import ClientTls
 
 SLOT = "boreal"
 """The replication slot through which the writer's WAL leaves PostgreSQL."""
@@ -38,6 +40,8 @@ class ComputeConfig:
     """Soft bound on the relation files in PGDATA (`compute_node.cache`); 0: none."""
     settings: tuple[tuple[str, str], ...] = ()
     """Further postgresql.conf settings."""
+    tls_dir: Path | None = None
+    """Who this node is (boreal.rpc.identity), to clients too; None: unencrypted."""
 
     @property
     def pgdata(self) -> Path:
@@ -48,6 +52,13 @@ class ComputeConfig:
     def run_dir(self) -> Path:
         """Unix sockets: PostgreSQL's, the page service's and the feed's."""
         return self.data_dir / "run"
+
+    @property
+    def client_tls(self) -> ClientTls | None:
+        """What PostgreSQL shows its clients; copies, since its account must get at them."""
+        if self.tls_dir is None:
+            return None
+        return ClientTls(certificate=self.run_dir / CERTIFICATE_FILE, key=self.run_dir / KEY_FILE)
 
     @property
     def page_socket(self) -> Path:

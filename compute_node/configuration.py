@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 
 from boreal.engine import Engine
+from boreal.rpc.identity import CERTIFICATE_FILE, KEY_FILE
 from compute_node.config import ADMIN, SHIPPER_NAME, ComputeConfig
 
 AFTER_IMAGES = "gin,spgist"
@@ -100,16 +101,20 @@ def write_access(config: ComputeConfig, engine: Engine, *, clients: bool) -> Non
 
 
 def _write(path: Path, text: str, engine: Engine) -> None:
-    path.write_text(text)
+    path.touch(mode=0o600)
     path.chmod(0o600)
+    path.write_text(text)
     engine.account.own(path)
 
 
 def prepare_directories(config: ComputeConfig, engine: Engine) -> None:
-    """Make the directories PostgreSQL's account must get into, empty."""
+    """Make the directories PostgreSQL's account must get into, empty but for its certificate."""
     shutil.rmtree(config.pgdata, ignore_errors=True)
     shutil.rmtree(config.run_dir, ignore_errors=True)
     for path in (config.pgdata, config.run_dir, config.feed_dir, config.handover_dir):
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(0o700)
         engine.account.own(path)
+    if config.tls_dir is not None:
+        for name in (CERTIFICATE_FILE, KEY_FILE):
+            _write(config.run_dir / name, (config.tls_dir / name).read_text(), engine)

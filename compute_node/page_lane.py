@@ -24,7 +24,7 @@ from boreal.errors import (
 )
 from boreal.frames import FrameReader, frame
 from boreal.rpc import storage_pb2
-from boreal.rpc.edge import error_from_wire
+from boreal.rpc.edge import error_from_wire, lane_client_arguments
 from boreal.types import PAGE_BYTES, NodeName
 
 CONNECT_S: Final = 1.0
@@ -100,7 +100,7 @@ class PageLane:
         try:
             async with asyncio.timeout(CONNECT_S):
                 _, self._connection = await loop.create_connection(
-                    lambda: _Connection(self._peer), host, int(port)
+                    lambda: _Connection(self._peer), host, int(port), **lane_client_arguments()
                 )
         except TimeoutError:
             return f"no connection to {self._address} within {CONNECT_S:g} s"

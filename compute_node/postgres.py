@@ -81,6 +81,7 @@ class Postgres:
                 self._config.page_socket,
                 cache_limited=self._config.cache_bytes > 0,
                 handover=self._config.handover_socket,
+                tls=self._config.client_tls,
             )
         )
         # Not through the event loop: uvloop cannot start a child as another account.

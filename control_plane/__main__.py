@@ -16,10 +16,11 @@ import structlog
 import uvloop
 
 from boreal import logs
-from boreal.errors import BadUsage, BorealError
+from boreal.errors import BorealError
 from boreal.processes import LocalProcesses
 from boreal.rpc import control_pb2_grpc
-from boreal.rpc.edge import make_server
+from boreal.rpc.edge import listen, make_server
+from boreal.rpc.options import INSECURE_HELP, TLS_DIR_HELP, take_identity
 from boreal.types import VolumeId
 from control_plane.coordinator import Coordinator
 from control_plane.launcher import ClusterNames, Launcher
@@ -42,6 +43,8 @@ class ControlConfig:
     port: int
     launch: Path | None
     """The local cluster whose dead processes are brought back; None: nobody's."""
+    tls_dir: Path | None
+    insecure: bool
 
 
 def parse(arguments: Sequence[str]) -> ControlConfig:
@@ -56,6 +59,8 @@ def parse(arguments: Sequence[str]) -> ControlConfig:
         metavar="CLUSTER_DIR",
         help="start dead compute nodes and endpoints of this local cluster again",
     )
+    parser.add_argument("--tls-dir", type=Path, metavar="DIR", help=TLS_DIR_HELP)
+    parser.add_argument("--insecure", action="store_true", help=INSECURE_HELP)
     return ControlConfig(**vars(parser.parse_args(arguments)))
 
 
@@ -79,10 +84,7 @@ async def serve(config: ControlConfig) -> None:
         server = make_server()
         control_pb2_grpc.add_ControlServicer_to_server(service, server)
         address = f"{config.host}:{config.port}"
-        try:
-            server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise BadUsage(f"cannot listen on {address}: {error}") from error
+        listen(server, address)
         await server.start()
         _log.info("control plane serves", address=address)
         async with asyncio.TaskGroup() as tasks:
@@ -106,8 +108,10 @@ async def _launch(cluster_dir: Path | None) -> None:
 def main() -> int:
     """Run the process; its exit status."""
     logs.configure("control")
+    config = parse(sys.argv[1:])
     try:
-        uvloop.run(serve(parse(sys.argv[1:])))
+        take_identity(config.tls_dir, insecure=config.insecure)
+        uvloop.run(serve(config))
     except BorealError as error:
         _log.error("control plane cannot run", error=error.message)
         return 1

@@ -14,12 +14,12 @@ from pathlib import Path
 import click
 import structlog
 import uvloop
-from grpc import aio
 
 from boreal import logs
 from boreal.errors import BadUsage, BorealError
 from boreal.rpc import storage_pb2_grpc
-from boreal.rpc.edge import make_server
+from boreal.rpc.edge import listen, make_server
+from boreal.rpc.options import identity_options, take_identity
 from boreal.types import NodeName
 from storage_node.append import AppendHandler
 from storage_node.catch_up import CatchUp
@@ -54,13 +54,6 @@ def only_process_of(data_dir: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _listen(server: aio.Server, address: str) -> None:
-    try:
-        server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise BadUsage(f"cannot listen on {address}: is the port taken?") from error
-
-
 async def serve(config: StorageConfig, start_pages: Callable[[], PageProcess]) -> None:
     """Run the node until SIGTERM or SIGINT."""
     finished = asyncio.Event()
@@ -82,7 +75,7 @@ async def serve(config: StorageConfig, start_pages: Callable[[], PageProcess]) -
     storage_pb2_grpc.add_BundlesServicer_to_server(BundlesService(volumes), server)
     lane = append_lane(appends)
     try:
-        _listen(server, f"{config.host}:{config.log_port}")
+        listen(server, f"{config.host}:{config.log_port}")
         await server.start()
         await lane.start(config.host, config.frames_port)
         async with asyncio.TaskGroup() as tasks:
@@ -100,10 +93,11 @@ async def serve(config: StorageConfig, start_pages: Callable[[], PageProcess]) -
     _log.info("storage node stopped")
 
 
-def run(config: StorageConfig, start_pages: Callable[[], PageProcess]) -> None:
+def run(config: StorageConfig, start_pages: Callable[[], PageProcess], *, insecure: bool) -> None:
     """Be the log process of a node; exits with a message if it cannot."""
     logs.configure(config.name)
     try:
+        take_identity(config.tls_dir, insecure=insecure)
         with only_process_of(config.data_dir):
             uvloop.run(serve(config, start_pages))
     except BorealError as error:
@@ -149,6 +143,7 @@ def run(config: StorageConfig, start_pages: Callable[[], PageProcess]) -> None:
     type=click.IntRange(1),
     help="Log that may wait for the page index before the writer is slowed, in MiB.",
 )
+@identity_options
 def main(
     name: str,
     zone: str,
@@ -161,6 +156,8 @@ def main(
     host: str,
     retain_log_mib: int,
     index_lag_mib: int,
+    tls_dir: Path | None,
+    insecure: bool,
 ) -> None:
     """Run a Boreal storage node."""
     from storage_node import page_process
@@ -177,8 +174,9 @@ def main(
         page_frames_port=page_frames_port,
         retain_log_bytes=retain_log_mib << 20,
         pressure=Pressure(soft_bytes=index_lag_mib << 20),
+        tls_dir=tls_dir.absolute() if tls_dir else None,
     )
-    run(config, lambda: page_process.start(config))
+    run(config, lambda: page_process.start(config), insecure=insecure)
 
 
 if __name__ == "__main__":

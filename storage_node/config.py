@@ -78,6 +78,8 @@ class StorageConfig:
     """A page as many records behind its newest stored version gets another."""
     pressure: Pressure = field(default_factory=Pressure)
     """When the writer is slowed because the page index lags."""
+    tls_dir: Path | None = None
+    """Who the node's processes are (boreal.rpc.identity); None: unencrypted."""
 
     @property
     def volumes_dir(self) -> Path:

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from boreal.errors import BadUsage, BorealError, MalformedRequest
 from boreal.frames import MAX_FRAME_BYTES, FrameReader
+from boreal.rpc.edge import lane_server_arguments
 
 MAX_CONNECTIONS = 256
 
@@ -47,7 +48,9 @@ class FramedServer:
         """Listen, on any port if it is 0; the port. BadUsage if it is taken."""
         loop = asyncio.get_running_loop()
         try:
-            self._server = await loop.create_server(lambda: self._connect(self), host, port)
+            self._server = await loop.create_server(
+                lambda: self._connect(self), host, port, **lane_server_arguments()
+            )
         except OSError as error:
             raise BadUsage(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
         return int(self._server.sockets[0].getsockname()[1])

@@ -22,7 +22,8 @@ import uvloop
 from boreal import logs
 from boreal.errors import Internal
 from boreal.rpc import storage_pb2_grpc
-from boreal.rpc.edge import make_server
+from boreal.rpc.edge import listen, make_server
+from boreal.rpc.options import take_identity
 from boreal.types import NodeName
 from storage_node.config import StorageConfig
 from storage_node.page_lane import page_lane
@@ -84,7 +85,7 @@ def start(config: StorageConfig) -> PageProcess:
 
     Call it from the main thread: the kernel ties the child to the thread that made it.
     """
-    words = {name: str(getattr(config, name)) for name in config.__slots__}
+    words = {name: str(getattr(config, name) or "") for name in config.__slots__}
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "storage_node.page_process", json.dumps(words)],
         stdin=subprocess.PIPE,
@@ -107,6 +108,7 @@ def _parse(text: str) -> StorageConfig:
         page_frames_port=int(words["page_frames_port"]),
         retain_log_bytes=int(words["retain_log_bytes"]),
         chain_records=int(words["chain_records"]),
+        tls_dir=Path(words["tls_dir"]) if words["tls_dir"] else None,
     )
 
 
@@ -128,7 +130,7 @@ async def serve(config: StorageConfig, wake_ups: int) -> None:
     async with asyncio.TaskGroup() as tasks:
         volumes = PageVolumes(config, tasks)
         storage_pb2_grpc.add_StoragePagesServicer_to_server(PageService(volumes), server)
-        server.add_insecure_port(f"{config.host}:{config.pages_port}")
+        listen(server, f"{config.host}:{config.pages_port}")
         await server.start()
         lane = page_lane(volumes, tasks)
         await lane.start(config.host, config.page_frames_port)
@@ -157,6 +159,7 @@ def main() -> None:
     gc.set_threshold(_COLLECT_AFTER)
     config = _parse(sys.argv[1])
     logs.configure(f"{config.name}/pages")
+    take_identity(config.tls_dir, insecure=config.tls_dir is None)
     uvloop.run(serve(config, sys.stdin.fileno()))
 
 

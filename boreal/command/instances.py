@@ -9,6 +9,7 @@ from pathlib import Path
 
 from boreal import cluster
 from boreal.cluster import CONTROL, ClusterConfig, InstanceEntry
+from boreal.command.certify import certify
 from boreal.command.remote import Remote, connect, of_control_plane
 from boreal.command.reporter import Reporter, Silent
 from boreal.command.roster import command_line
@@ -35,6 +36,7 @@ def add_reader(
         config = cluster.with_instance(before, tier)
         (entry,) = set(config.compute) - set(before.compute)
         config.save()
+        certify(config)
         if not processes.status(CONTROL).alive:
             reporter.notice(f"{entry.name} is part of the cluster; `boreal up` will start it")
             return config, entry

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from boreal import cluster
 from boreal.cluster import CONTROL, ENDPOINTS, ClusterConfig
+from boreal.command.certify import certify
 from boreal.command.remote import connect, if_reachable
 from boreal.command.reporter import Reporter, Silent
 from boreal.command.roster import command_line, is_instance, listed, storage_names
@@ -26,6 +27,7 @@ def bring_up(options: UpOptions, reporter: Reporter | None = None) -> ClusterCon
     processes = LocalProcesses(options.data_dir)
     with processes.one_command_at_a_time():
         config = settle_config(options, processes, reporter)
+        certify(config)
         Start(config, processes, reporter).run()
     return config
 
@@ -63,6 +65,7 @@ def restart(config: ClusterConfig, name: str, reporter: Reporter | None = None) 
     reporter = reporter or Silent()
     began = time.monotonic()
     processes = LocalProcesses(config.data_dir)
+    certify(config)
     writes = is_instance(name) and asyncio.run(_wrote_last(config, name))
     pid = processes.restart(name, command_line(config, name))
     asyncio.run(Start(config, processes, reporter).await_one(name, pid, writes=writes))

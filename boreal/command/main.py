@@ -107,6 +107,12 @@ def _data_dir_option(verb: Callable[..., Any]) -> Callable[..., Any]:
     "started from now on. A soft bound: pages just written or read, and those that running "
     "transactions may have changed, come on top.  [default: unlimited, or as before]",
 )
+@click.option(
+    "--insecure/--secure",
+    default=None,
+    help="Have its processes talk to each other, and to clients, unencrypted.  "
+    "[default: with TLS, or as before]",
+)
 def up(
     data_dir: Path,
     port: int | None,
@@ -114,6 +120,7 @@ def up(
     readers: int | None,
     retain_log_mib: int | None,
     cache_size: int | None,
+    insecure: bool | None,
 ) -> None:
     """Start the cluster, or what is missing of it; return when SQL is served."""
     from boreal.command.card import Terminal, card
@@ -127,6 +134,7 @@ def up(
         readers=readers,
         retain_log_mib=retain_log_mib,
         cache_bytes=cache_size,
+        insecure=insecure,
     )
     terminal = Terminal()
     config = bring_up(options, terminal)
@@ -356,6 +364,36 @@ def failover(data_dir: Path, target: str) -> None:
     click.echo(
         f"{done.writer} is the writer, epoch {done.epoch}; it took {done.took_ms / 1000:.2f} s"
     )
+
+
+# --- certificates --------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--name", "names", multiple=True, required=True, help="A process: sn-1, db-1, ...")
+@click.option(
+    "--server-name",
+    "server_names",
+    multiple=True,
+    metavar="HOST",
+    help="A name or an address by which clients know the hosts; besides this machine's.",
+)
+def certificates(directory: Path, names: tuple[str, ...], server_names: tuple[str, ...]) -> None:
+    """Make certificates for processes that run elsewhere, and the authority if there is none.
+
+    DIRECTORY/NAME is what process NAME takes as --tls-dir; a name `boreal` is for this command.
+    What is there and valid for 30 more days stays. Keep DIRECTORY/ca.key where nobody else reads
+    it: it makes members of the cluster. DIRECTORY/ca.crt is for clients, as their sslrootcert.
+    """
+    from boreal.certificates import LOCAL_NAMES, issue
+
+    made = issue(directory, names, server_names=(*LOCAL_NAMES, *server_names))
+    kept = [name for name in names if name not in made]
+    if made:
+        click.echo(f"made {', '.join(made)} in {directory}")
+    if kept:
+        click.echo(f"{', '.join(kept)}: still good")
 
 
 # --- one process ---------------------------------------------------------------------------------

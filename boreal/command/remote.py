@@ -13,6 +13,7 @@ from boreal.cluster import CONTROL, ClusterConfig
 from boreal.errors import BadUsage, NotWriter, UnknownOutcome, Unreachable
 from boreal.rpc import compute_pb2, compute_pb2_grpc, control_pb2, control_pb2_grpc
 from boreal.rpc.edge import calling, open_channel
+from boreal.rpc.identity import Identity
 
 _T = TypeVar("_T")
 _DEADLINE_S = 2.0
@@ -27,8 +28,11 @@ class Remote:
     Channels to agents are opened when first needed; they end with `stack`.
     """
 
-    def __init__(self, config: ClusterConfig, stack: AsyncExitStack) -> None:
+    def __init__(
+        self, config: ClusterConfig, identity: Identity | None, stack: AsyncExitStack
+    ) -> None:
         self._config = config
+        self._identity = identity
         self._stack = stack
         self._agents: dict[str, compute_pb2_grpc.ComputeAsyncStub] = {}
         self._control_stub: control_pb2_grpc.ControlAsyncStub | None = None
@@ -107,7 +111,7 @@ class Remote:
     # --- inside ----------------------------------------------------------------------------------
 
     def _channel(self, address: str) -> aio.Channel:
-        channel = open_channel(address)
+        channel = open_channel(address, self._identity)
         self._stack.push_async_exit(channel)
         return channel
 
@@ -126,9 +130,14 @@ class Remote:
 
 @asynccontextmanager
 async def connect(config: ClusterConfig) -> AsyncIterator[Remote]:
-    """The cluster's services; nothing is sent yet."""
+    """The cluster's services; nothing is sent yet. BadUsage if it has no certificates yet."""
     async with AsyncExitStack() as stack:
-        yield Remote(config, stack)
+        yield Remote(config, command_identity(config), stack)
+
+
+def command_identity(config: ClusterConfig) -> Identity | None:
+    """Who the command is to the cluster's processes; None: they talk unencrypted."""
+    return None if config.insecure else Identity.load(config.command_tls_dir)
 
 
 async def if_reachable(call: Awaitable[_T]) -> _T | None:

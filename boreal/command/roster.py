@@ -56,13 +56,14 @@ def command_line(config: ClusterConfig, name: str) -> tuple[str, ...]:
     """How to start process `name`."""
     # -P: what happens to lie in the working directory must not be imported.
     python = (sys.executable, "-P", "-m")
+    identity = "--insecure" if config.insecure else f"--tls-dir={config.tls_dir / name}"
     if name == CONTROL:
-        return (*python, "control_plane", *_control_options(config))
+        return (*python, "control_plane", identity, *_control_options(config))
     if name == ENDPOINTS:
-        return (*python, "control_plane.endpoints", *_endpoints_options(config))
+        return (*python, "control_plane.endpoints", identity, *_endpoints_options(config))
     if name in storage_names():
-        return (*python, "storage_node", *_storage_options(config, _node(config, name)))
-    return (*python, "compute_node", *_compute_options(config, config.instance(name)))
+        return (*python, "storage_node", identity, *_storage_options(config, _node(config, name)))
+    return (*python, "compute_node", identity, *_compute_options(config, config.instance(name)))
 
 
 def ports_of(config: ClusterConfig, name: str) -> tuple[int, ...]:

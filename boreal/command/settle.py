@@ -31,6 +31,8 @@ class UpOptions:
     retain_log_mib: int | None = None
     cache_bytes: int | None = None
     """Bound on an instance's local pages, 0 for none."""
+    insecure: bool | None = None
+    """Whether its processes are to talk unencrypted."""
 
 
 def settle_config(
@@ -44,6 +46,10 @@ def settle_config(
     config = replace(config, retain_log_mib=options.retain_log_mib or config.retain_log_mib)
     if options.cache_bytes is not None:
         config = replace(config, cache_bytes=options.cache_bytes)
+    if options.insecure is not None:
+        config = replace(config, insecure=options.insecure)
+    if before and before.insecure is not config.insecure:
+        _check_stopped(before, processes)
     if before and not any(processes.status(name).alive for name in config.names):
         _await_ports(config, config.names)
         config, moved = cluster.with_free_ports(config)
@@ -84,6 +90,15 @@ def _with_ports(
             "(readers) already; to change that, stop it first with `boreal down`"
         )
     return replace(config, postgres_port=port, reader_port=reader_port)
+
+
+def _check_stopped(config: ClusterConfig, processes: LocalProcesses) -> None:
+    if any(processes.status(name).alive for name in config.names):
+        now, wanted = ("without", "with") if config.insecure else ("with", "without")
+        raise BadUsage(
+            f"the cluster runs {now} TLS; to start it {wanted}, stop it first with `boreal down`: "
+            "the two do not talk to each other"
+        )
 
 
 def _check_two(port: int, reader_port: int | None) -> None:

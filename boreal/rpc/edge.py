@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -16,10 +17,11 @@ import structlog
 from grpc import aio
 
 from boreal import errors
-from boreal.errors import BorealError, Internal, UnknownOutcome, Unreachable
+from boreal.errors import BadUsage, BorealError, Internal, UnknownOutcome, Unreachable
 from boreal.memory import keep_freed
 from boreal.quorum import Lineage
 from boreal.rpc import common_pb2
+from boreal.rpc.identity import PEER_NAME, Identity
 from boreal.types import Epoch, Fork, RelationFork, VolumeId
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
@@ -30,6 +32,9 @@ _NEVER_CONNECTED = "failed to connect"
 """What gRPC says when there was no connection to send by: it tells it by the words alone."""
 _MAX_TEXT = 4000
 _MAX_STATUS_TEXT = 200
+_HANDSHAKE_S = 5.0
+_GOODBYE_S = 1.0
+"""Of a lane that is closed in order: a peer that is gone does not answer."""
 _OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -184,9 +189,71 @@ def make_server() -> aio.Server:
     return aio.server(interceptors=[_ErrorInterceptor()], options=_OPTIONS)
 
 
-def open_channel(address: str) -> aio.Channel:
-    """A channel with our limits. It reconnects by itself; close it when done."""
-    return aio.insecure_channel(address, options=_OPTIONS)
+@dataclass(slots=True)
+class _Process:
+    """The one thing that all connections of a process share. Set once, before the first."""
+
+    identity: Identity | None = None
+
+
+_process = _Process()
+
+
+def use_identity(identity: Identity | None) -> None:
+    """Be `identity` in every connection of this process from now on; None: unencrypted."""
+    _process.identity = identity
+
+
+def listen(server: aio.Server, address: str) -> int:
+    """Have `server` listen at HOST:PORT; the port. BadUsage if it cannot.
+
+    Whoever has no certificate of this cluster is refused.
+    """
+    identity = _process.identity
+    try:
+        if identity is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, identity.server_credentials())
+    except RuntimeError as error:
+        raise BadUsage(f"cannot listen on {address}: is the port taken?") from error
+
+
+def open_channel(address: str, identity: Identity | None = None) -> aio.Channel:
+    """A channel with our limits. It reconnects by itself; close it when done.
+
+    `identity` is for those who are not the same everywhere; without it, it is the process's.
+    """
+    identity = identity or _process.identity
+    if identity is None:
+        return aio.insecure_channel(address, options=_OPTIONS)
+    options = [*_OPTIONS, ("grpc.ssl_target_name_override", PEER_NAME)]
+    return aio.secure_channel(address, identity.channel_credentials(), options=options)
+
+
+def lane_server_arguments() -> dict[str, Any]:
+    """What to add to the event loop's `create_server` for a framed lane.
+
+    A connection is made, as far as its protocol can tell, once the peer has shown its certificate.
+    """
+    if _process.identity is None:
+        return {}
+    return {
+        "ssl": _process.identity.server_context(),
+        "ssl_handshake_timeout": _HANDSHAKE_S,
+        "ssl_shutdown_timeout": _GOODBYE_S,
+    }
+
+
+def lane_client_arguments() -> dict[str, Any]:
+    """The same for `create_connection`."""
+    if _process.identity is None:
+        return {}
+    return {
+        "ssl": _process.identity.client_context(),
+        "server_hostname": PEER_NAME,
+        "ssl_handshake_timeout": _HANDSHAKE_S,
+        "ssl_shutdown_timeout": _GOODBYE_S,
+    }
 
 
 # --- types -------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The page shim: what it promises, and how it is built.
 
-A library that is LD_PRELOADed into stock PostgreSQL 16, in two parts.
+A library that is LD_PRELOADed into stock PostgreSQL 16, in three parts.
 
 `boreal_shim.c`: with `SOCKET_VARIABLE` set to the path of the agent's unix socket it turns PGDATA's
 relation files into a cache of the volume: a block that reads as all zeros is asked for
@@ -13,11 +13,15 @@ listens, what is accepted there are the connections that an endpoint hands over
 (`control_plane.endpoints`); and where there is a lease beside the page socket
 (`compute_node.lease`), the messages of clients are held back while it has run out.
 
+`tls.c`: with a certificate, a key and the name of OpenSSL's library, clients that ask for TLS get
+it; the wheel's PostgreSQL is built without.
+
 Without its variables it does nothing.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import os
@@ -25,6 +29,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from boreal.errors import BadUsage, ProcessFailed
@@ -37,11 +44,15 @@ LIMITED_VARIABLE = "BOREAL_CACHE_LIMITED"
 """If set, the agent evicts pages from files in use (`compute_node.cache`): mind its locks."""
 HANDOVER_VARIABLE = "BOREAL_HANDOVER"
 """The unix socket of PostgreSQL's own on which endpoints hand over connections."""
+TLS_LIBRARY_VARIABLE = "BOREAL_TLS_LIBRARY"
+TLS_CERTIFICATE_VARIABLE = "BOREAL_TLS_CERTIFICATE"
+TLS_KEY_VARIABLE = "BOREAL_TLS_KEY"
+"""With these clients may have TLS: OpenSSL's libssl, and two files in PEM."""
 MAX_SOCKET_PATH_BYTES = 107
 """sun_path (unix(7)) without its final zero."""
 
 _FOLDER = Path(__file__).parent
-_SOURCES = (_FOLDER / "boreal_shim.c", _FOLDER / "connections.c")
+_SOURCES = (_FOLDER / "boreal_shim.c", _FOLDER / "connections.c", _FOLDER / "tls.c")
 _HEADER = _FOLDER / "shim.h"
 _FLAGS = (
     *("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"),
@@ -50,6 +61,24 @@ _FLAGS = (
     *("-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=0"),
 )
 _COMPILE_WITHIN_S = 120.0
+_OPENSSL = ("libssl.so.3", "libssl.so.1.1")
+"""The newest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientTls:
+    """What PostgreSQL's clients are shown. Files that PostgreSQL's account can read."""
+
+    certificate: Path
+    key: Path
+
+    def environment(self) -> dict[str, str]:
+        """The shim's variables; BadUsage where there is no OpenSSL."""
+        return {
+            TLS_LIBRARY_VARIABLE: openssl(),
+            TLS_CERTIFICATE_VARIABLE: str(self.certificate),
+            TLS_KEY_VARIABLE: str(self.key),
+        }
 
 
 def environment(
@@ -58,6 +87,7 @@ def environment(
     *,
     cache_limited: bool = False,
     handover: Path | None = None,
+    tls: ClientTls | None = None,
 ) -> dict[str, str]:
     """What to add to PostgreSQL's environment so that it runs with the shim.
 
@@ -73,7 +103,21 @@ def environment(
         PARENT_VARIABLE: str(os.getpid()),
         **({LIMITED_VARIABLE: "1"} if cache_limited else {}),
         **({HANDOVER_VARIABLE: str(handover)} if handover else {}),
+        **(tls.environment() if tls else {}),
     }
+
+
+@cache
+def openssl() -> str:
+    """The name of the system's libssl; BadUsage where there is none."""
+    for name in _OPENSSL:
+        with suppress(OSError):  # not this one
+            ctypes.CDLL(name)
+            return name
+    raise BadUsage(
+        f"TLS for clients needs OpenSSL, and neither {' nor '.join(_OPENSSL)} can be loaded. "
+        "Install it (`apt-get install libssl3`), or run with --insecure"
+    )
 
 
 def build(into: Path) -> Path:

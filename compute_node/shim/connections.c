@@ -240,7 +240,7 @@ may_go_on(void)
 	return __atomic_load_n(&lease[LEASE_DRAINING], __ATOMIC_ACQUIRE) == 0 || in_transaction();
 }
 
-static bool
+bool
 is_client(int fd)
 {
 	struct sockaddr_storage own;
@@ -270,7 +270,7 @@ wait_to_go_on(void)
 EXPORT ssize_t
 recv(int fd, void *buffer, size_t length, int flags)
 {
-	const ssize_t got = NEXT(recv)(fd, buffer, length, flags);
+	const ssize_t got = tls_recv(fd, buffer, length, flags);
 
 	if (got > 0 && lease && !may_go_on() && is_client(fd) && !wait_to_go_on()) {
 		errno = ECONNRESET;		/* PostgreSQL looks for interrupts first, and tells the client why */

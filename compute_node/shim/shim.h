@@ -3,8 +3,10 @@
 #define BOREAL_SHIM_H
 
 #include <dlfcn.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <sys/types.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -41,5 +43,11 @@ now_ms(void)
 
 /* PostgreSQL closes a file descriptor (connections.c). */
 void connection_closed(int fd);
+
+/* Whether it is a connection over TCP: the agent's own are not (connections.c). */
+bool is_client(int fd);
+
+/* recv(), of what the peer meant (tls.c). */
+ssize_t tls_recv(int fd, void *buffer, size_t length, int flags);
 
 #endif

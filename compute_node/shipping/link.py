@@ -292,7 +292,9 @@ class StorageLink:
         lane = _Lane(name, self._on_response)
         try:
             async with asyncio.timeout(self._timing.connect_timeout_s):
-                await asyncio.get_running_loop().create_connection(lambda: lane, host, int(port))
+                await asyncio.get_running_loop().create_connection(
+                    lambda: lane, host, int(port), **edge.lane_client_arguments()
+                )
         except (OSError, TimeoutError) as error:
             raise Unreachable(f"{name} cannot be reached at {host}:{port}: {error!r}") from error
         self._lane, self._under_way, self._told_vdl = lane, None, Lsn(0)

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 
 import click
 import structlog
@@ -15,6 +16,8 @@ import uvloop
 
 from boreal import logs
 from boreal.errors import BadUsage, BorealError
+from boreal.rpc.identity import Identity
+from boreal.rpc.options import identity_options, take_identity
 from control_plane.endpoints.choice import Endpoint
 from control_plane.endpoints.server import Endpoints, Limits, listen
 from control_plane.endpoints.watch import watch
@@ -25,14 +28,20 @@ _DESCRIPTORS = 20_000
 _log = structlog.get_logger(__name__)
 
 
-async def serve(control: str, host: str, ports: dict[Endpoint, int], limits: Limits) -> None:
+async def serve(
+    control: str,
+    host: str,
+    ports: dict[Endpoint, int],
+    limits: Limits,
+    identity: Identity | None,
+) -> None:
     """Serve until SIGTERM or SIGINT."""
     loop = asyncio.get_running_loop()
     with ExitStack() as opened:
         listeners = {
             endpoint: opened.enter_context(_listen(host, port)) for endpoint, port in ports.items()
         }
-        endpoints = Endpoints(limits)
+        endpoints = Endpoints(limits, identity.public_context() if identity else None)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, endpoints.stop)
         _log.info("endpoints serve", host=host, **{role.value: ports[role] for role in Endpoint})
@@ -80,6 +89,7 @@ _PORT = click.IntRange(1, 65535)
     type=click.IntRange(1, Limits().connections),
     help="Connections that may wait.",
 )
+@identity_options
 def main(
     control: str,
     host: str,
@@ -87,6 +97,8 @@ def main(
     reader_port: int,
     patience: float,
     max_waiting: int,
+    tls_dir: Path | None,
+    insecure: bool,
 ) -> None:
     """Run a cluster's endpoints: two ports that lead to whoever writes and reads."""
     logs.configure("endpoints")
@@ -94,7 +106,8 @@ def main(
     ports = {Endpoint.WRITER: writer_port, Endpoint.READER: reader_port}
     limits = Limits(patience_s=patience, connections=max_waiting)
     try:
-        uvloop.run(serve(control, host, ports, limits))
+        identity = take_identity(tls_dir, insecure=insecure)
+        uvloop.run(serve(control, host, ports, limits, identity))
     except BorealError as error:
         _log.error("endpoints cannot run", code=error.code, why=error.message)
         sys.exit(1)

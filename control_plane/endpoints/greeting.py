@@ -13,18 +13,20 @@ HEAD_BYTES = 8
 """A first message has at least these: its length and its code."""
 CANCEL_BYTES = 16
 """All of a cancel request: then come a process number and a key."""
-DECLINED = b"N"
-"""The answer to a request for encryption that is not to be had."""
+GRANTED, DECLINED = b"S", b"N"
+"""The answers to a request for encryption."""
 
 _HEAD = struct.Struct("!II")
 _CANCEL = 80877102
-_ENCRYPTION = (80877103, 80877104)  # SSLRequest, GSSENCRequest
+_TLS = 80877103
+_GSSAPI = 80877104
 
 
 class Greeting(Enum):
     """What a client's first message asks for."""
 
-    ENCRYPTION = "encryption"
+    TLS = "TLS"
+    GSSAPI = "GSSAPI"
     CANCEL = "cancel"
     SESSION = "session"
     """A session, or something only PostgreSQL can answer properly."""
@@ -35,8 +37,10 @@ def greeting_of(first: bytes) -> Greeting:
     if len(first) < HEAD_BYTES:
         return Greeting.SESSION
     length, code = _HEAD.unpack_from(first)
-    if length == HEAD_BYTES and code in _ENCRYPTION:
-        return Greeting.ENCRYPTION
+    if length == HEAD_BYTES and code == _TLS:
+        return Greeting.TLS
+    if length == HEAD_BYTES and code == _GSSAPI:
+        return Greeting.GSSAPI
     if length == CANCEL_BYTES and code == _CANCEL:
         return Greeting.CANCEL
     return Greeting.SESSION

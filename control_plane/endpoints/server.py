@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import structlog
 from control_plane.endpoints.cancel import copy_to_all
 from control_plane.endpoints.choice import Endpoint, Route
 from control_plane.endpoints.directory import Directory
+from control_plane.endpoints.encrypted import refuse_encrypted
 from control_plane.endpoints.greeting import CANCEL_BYTES, Greeting
 from control_plane.endpoints.handover import Offer, Outcome
 from control_plane.endpoints.hangups import Hangups
@@ -60,7 +62,9 @@ class _Waiting:
 class Endpoints:
     """Both endpoints. `run` serves until `stop` is called."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, tls: ssl.SSLContext | None) -> None:
+        """`tls`: by it clients are refused who asked for TLS; None: nobody gets it."""
+        self._tls = tls
         self._directory = Directory(asyncio.get_running_loop().time)
         self._limits = limits
         self._hangups = Hangups()
@@ -110,7 +114,7 @@ class Endpoints:
                 _log.error("cannot accept a connection", why=str(error))
                 await asyncio.sleep(_ACCEPT_PAUSE_S)
                 continue
-            visits.create_task(self._visit(Visitor(client, endpoint)))
+            visits.create_task(self._visit(Visitor(client, endpoint, self._tls is not None)))
             await asyncio.sleep(0)  # a flood of connections must not keep the others from moving on
 
     async def _visit(self, visitor: Visitor) -> None:
@@ -122,7 +126,7 @@ class Endpoints:
             if self._has_room():
                 await self._serve(visitor)
             else:
-                visitor.refuse(*_TOO_MANY)
+                visitor.refuse(*_TOO_MANY)  # not even TLS: that takes time
         except OSError as error:  # the client's side of it broke
             _log.debug("a connection broke", why=str(error))
         finally:
@@ -148,27 +152,37 @@ class Endpoints:
         match greeting:
             case Greeting.CANCEL:
                 await copy_to_all(visitor.take(CANCEL_BYTES), self._directory.known)
-            case Greeting.SESSION | Greeting.ENCRYPTION:  # asked once too often: PostgreSQL's case
-                await self._hand_over(visitor)
+            case Greeting.SESSION | Greeting.GSSAPI:  # asked once too often: PostgreSQL's case
+                if (refusal := await self._hand_over(visitor)) is not None:
+                    visitor.refuse(*refusal)
+            case Greeting.TLS:  # unread: PostgreSQL answers it
+                if (refusal := await self._hand_over(visitor)) is not None:
+                    await self._refuse_encrypted(visitor, refusal)
             case None:
                 return
 
-    async def _hand_over(self, visitor: Visitor) -> None:
-        """Give the connection to an instance, or refuse it when there was none for too long."""
+    async def _refuse_encrypted(self, visitor: Visitor, refusal: tuple[str, str]) -> None:
+        if self._tls is None:  # asked once too often
+            visitor.refuse(*refusal)
+        elif not visitor.gone:
+            await refuse_encrypted(visitor.client, self._tls, *refusal)
+
+    async def _hand_over(self, visitor: Visitor) -> tuple[str, str] | None:
+        """Give the connection to an instance; why not, when there was none for too long."""
         loop = asyncio.get_running_loop()
         until = loop.time() + self._limits.patience_s
         with ExitStack() as waits:
             waiting = False
             while not visitor.gone:
                 if self._stopping.is_set():
-                    return visitor.refuse(*_ENDS)
+                    return _ENDS
                 route = self._directory.choose(visitor.endpoint)
                 if route is not None:
                     if await self._offered(visitor, route):
                         return None
                     continue
                 if loop.time() >= until:
-                    return visitor.refuse(*_NOBODY[visitor.endpoint])
+                    return _NOBODY[visitor.endpoint]
                 if not waiting:
                     waits.enter_context(self._counted(visitor.endpoint))
                     waiting = True

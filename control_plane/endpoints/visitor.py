@@ -28,6 +28,8 @@ class Visitor:
 
     client: socket.socket
     endpoint: Endpoint
+    may_encrypt: bool
+    """PostgreSQL, or who refuses in its place, is to answer a request for TLS."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when there may be something new for this one; whoever waits then looks what."""
     gone: bool = False
@@ -58,15 +60,15 @@ class Visitor:
                 loop.remove_reader(source)
 
     async def greet(self, until: float) -> Greeting | None:
-        """What the client wants; encryption was declined then. None: it says nothing in time.
+        """What the client wants; encryption that is not to be had was declined then.
 
-        Its message is left unread. OSError if the connection breaks.
+        None: it says nothing in time. Its message is left unread. OSError if the connection breaks.
         """
         needed, negotiations = HEAD_BYTES, 0
         try:
             while (first := await self._peek(needed, until)) is not None:
                 greeting = greeting_of(first)
-                if greeting is Greeting.ENCRYPTION and negotiations < _NEGOTIATIONS:
+                if self._is_declined(greeting) and negotiations < _NEGOTIATIONS:
                     negotiations += 1
                     self.client.recv(HEAD_BYTES)
                     self.client.send(DECLINED)
@@ -77,6 +79,11 @@ class Visitor:
             return None
         finally:
             self._wake_at(1)  # as it was: the socket may be PostgreSQL's next
+
+    def _is_declined(self, greeting: Greeting) -> bool:
+        if greeting is Greeting.TLS:
+            return not self.may_encrypt
+        return greeting is Greeting.GSSAPI
 
     async def _peek(self, length: int, until: float) -> bytes | None:
         """The next `length` bytes, unread; None if they do not come."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ def directory() -> Iterator[Path]:
 def config(directory: Path) -> cluster.ClusterConfig:
     """A cluster of which nothing was ever started."""
     (port,) = cluster.free_ports(1)
-    config = cluster.create(directory, postgres_port=port)
+    # What the tests put in the place of its processes has no certificates.
+    config = replace(cluster.create(directory, postgres_port=port), insecure=True)
     config.save()
     return config

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -298,7 +299,7 @@ def test_up_adds_readers_and_takes_none_away(
 def settled(config: cluster.ClusterConfig) -> Callable[..., cluster.ClusterConfig]:
     """What `up` with these options would start with."""
 
-    def settle(**options: int) -> cluster.ClusterConfig:
+    def settle(**options: Any) -> cluster.ClusterConfig:
         up = UpOptions(data_dir=config.data_dir, **options)
         return settle_config(up, LocalProcesses(config.data_dir), Silent())
 

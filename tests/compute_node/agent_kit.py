@@ -153,7 +153,7 @@ class AgentProcess:
         with (self._home / f"{self.name}.log").open("ab") as output:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "compute_node", "--name", self.name),
+                    *(sys.executable, "-m", "compute_node", "--insecure", "--name", self.name),
                     *("--data-dir", str(self.data_dir), "--control", self._control),
                     *("--port", str(self.port), "--postgres-port", str(self.postgres_port)),
                     *("--password-file", str(password), *self._options),

@@ -27,7 +27,8 @@ async def control_process(
     directory: Path, port: int, ends_by: signal.Signals
 ) -> AsyncIterator[Members]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "control_plane", f"--data-dir={directory}", f"--port={port}"
+        *(sys.executable, "-m", "control_plane", "--insecure"),
+        *(f"--data-dir={directory}", f"--port={port}"),
     )
     try:
         async with open_channel(f"127.0.0.1:{port}") as channel:

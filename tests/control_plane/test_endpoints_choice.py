@@ -117,8 +117,8 @@ def test_a_routing_that_cannot_be_is_refused() -> None:
 @pytest.mark.parametrize(
     ("first", "greeting"),
     [
-        (struct.pack("!II", 8, 80877103), Greeting.ENCRYPTION),
-        (struct.pack("!II", 8, 80877104), Greeting.ENCRYPTION),
+        (struct.pack("!II", 8, 80877103), Greeting.TLS),
+        (struct.pack("!II", 8, 80877104), Greeting.GSSAPI),
         (struct.pack("!IIII", 16, 80877102, 4711, 1), Greeting.CANCEL),
         (struct.pack("!II", 16, 80877102), Greeting.CANCEL),
         (struct.pack("!II", 20, 80877102), Greeting.SESSION),

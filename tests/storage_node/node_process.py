@@ -46,11 +46,12 @@ def free_ports(count: int) -> list[int]:
 class NodeProcess:
     """One `python -m storage_node`. Keeps its ports and directory over restarts."""
 
-    def __init__(self, name: str, home: Path, control: str) -> None:
+    def __init__(self, name: str, home: Path, control: str, tls_dir: Path | None = None) -> None:
         self.name = name
         self.data_dir = home / name
         self.log_port, self.frames_port, self.pages_port, self.page_frames_port = free_ports(4)
         self._control = control
+        self._security = ("--tls-dir", str(tls_dir)) if tls_dir else ("--insecure",)
         self._output = home / f"{name}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -66,7 +67,7 @@ class NodeProcess:
             *("--data-dir", str(self.data_dir), "--control", self._control),
             *("--log-port", str(self.log_port), "--frames-port", str(self.frames_port)),
             *("--pages-port", str(self.pages_port)),
-            *("--page-frames-port", str(self.page_frames_port)),
+            *("--page-frames-port", str(self.page_frames_port), *self._security),
         ]
 
     def start(self) -> None:

@@ -51,12 +51,13 @@ class EndpointsProcess:
     """A running one."""
 
     def __init__(self, log: Path, control: str, *arguments: str) -> None:
+        security = () if any("--tls-dir" in each for each in arguments) else ("--insecure",)
         self.writer_port, self.reader_port = free_ports(2)
         self._log = log
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "control_plane.endpoints"),
+                    *(sys.executable, "-m", "control_plane.endpoints", *security),
                     *("--control", control),
                     *("--writer-port", str(self.writer_port)),
                     *("--reader-port", str(self.reader_port)),
