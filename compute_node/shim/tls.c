@@ -95,6 +95,13 @@ reason(void)
 }
 
 static void
+die_of_openssl(const char *what)
+{
+	dprintf(STDERR_FILENO, "boreal shim: %s: %s\n", what, reason());
+	_exit(2);
+}
+
+static void
 load_library(const char *name)
 {
 	void *library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
@@ -124,11 +131,11 @@ start(void)
 	openssl.OPENSSL_init_ssl(OPENSSL_INIT_NO_ATEXIT, NULL);
 	context = openssl.SSL_CTX_new(openssl.TLS_server_method());
 	if (!context)
-		die("OpenSSL gives no context");
+		die_of_openssl("OpenSSL gives no context");
 	if (openssl.SSL_CTX_use_certificate_chain_file(context, certificate) != 1
 		|| openssl.SSL_CTX_use_PrivateKey_file(context, key, SSL_FILETYPE_PEM) != 1
 		|| openssl.SSL_CTX_check_private_key(context) != 1)
-		die(reason());
+		die_of_openssl("clients cannot be shown the certificate");
 	if (openssl.SSL_CTX_ctrl(context, SSL_CTRL_SET_MIN_PROTO_VERSION, TLS1_2_VERSION, NULL) != 1)
 		die("this OpenSSL does not know TLS 1.2");
 	/* PostgreSQL sends what is left from another place of its buffer. */

@@ -126,6 +126,7 @@ class ShimmedPostgres:
         *,
         cache_limited: bool,
         tcp_port: int | None,
+        tls: shim.ClientTls | None,
     ) -> None:
         self.port = tcp_port or int(_SETTINGS["port"])
         self._listen_addresses = HOST if tcp_port else ""
@@ -137,6 +138,7 @@ class ShimmedPostgres:
         self.lease: Lease | None = None
         self._engine = original.engine
         self._cache_limited = cache_limited
+        self._tls = tls
         self._log = home / "postgres.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -164,7 +166,12 @@ class ShimmedPostgres:
                     *(f"--{name}={value}" for name, value in settings.items()),
                 ],
                 env=self._engine.environment(
-                    shim.environment(library, self.page_socket, cache_limited=self._cache_limited)
+                    shim.environment(
+                        library,
+                        self.page_socket,
+                        cache_limited=self._cache_limited,
+                        tls=self._tls,
+                    )
                 ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -255,17 +262,20 @@ async def shimmed_postgres(
     cache_limited: bool = False,
     tcp_port: int | None = None,
     leased: bool = False,
+    tls: shim.ClientTls | None = None,
 ) -> AsyncIterator[ShimmedPostgres]:
     """Run one, a standby, over `original` without a page of its own; stop and remove it after.
 
     It listens on the loopback interface too if a port is given; its clients there are held to the
-    lease that `lease` tells of if `leased`.
+    lease that `lease` tells of if `leased`, and may have TLS if `tls` is there.
     """
     home = original.home / name
     home.mkdir()
     original.engine.account.own(home)
     source = FileSource(original=original)
-    server = ShimmedPostgres(original, home, source, cache_limited=cache_limited, tcp_port=tcp_port)
+    server = ShimmedPostgres(
+        original, home, source, cache_limited=cache_limited, tcp_port=tcp_port, tls=tls
+    )
     if leased:
         server.lease = Lease(server.page_socket, original.engine.account)
     try:

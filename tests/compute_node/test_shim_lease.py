@@ -20,8 +20,11 @@ import psutil
 import psycopg
 import pytest
 
+from boreal.certificates import issue
 from boreal.cluster import HOST, free_ports
+from boreal.rpc.identity import CERTIFICATE_FILE, KEY_FILE
 from compute_node.lease import Lease
+from compute_node.shim import ClientTls
 from tests.compute_node.shimmed import Original, ShimmedPostgres, shimmed_postgres
 
 _FAR_S = 3600.0
@@ -36,10 +39,12 @@ def release(word: Lease) -> None:
 
 @asynccontextmanager
 async def leased(
-    original: Original, library: Path, name: str
+    original: Original, library: Path, name: str, tls: ClientTls | None = None
 ) -> AsyncIterator[tuple[ShimmedPostgres, Lease]]:
     (port,) = free_ports(1)
-    async with shimmed_postgres(original, library, name, tcp_port=port, leased=True) as server:
+    async with shimmed_postgres(
+        original, library, name, tcp_port=port, leased=True, tls=tls
+    ) as server:
         assert server.lease is not None
         yield server, server.lease
 
@@ -96,6 +101,30 @@ async def test_a_lease_that_runs_out_by_itself_holds_too(original: Original, lib
             asked = await sent(session, "SELECT 7")
             release(word)
             assert await asked == 7
+
+
+async def test_messages_in_private_wait_for_it_too(original: Original, library: Path) -> None:
+    directory = original.home / "tls"
+    issue(directory, ["db-1"])
+    tls = ClientTls(
+        certificate=directory / "db-1" / CERTIFICATE_FILE, key=directory / "db-1" / KEY_FILE
+    )
+    for path in (tls.certificate.parent, tls.key):
+        original.engine.account.own(path)
+    async with leased(original, library, "private", tls) as (server, word):
+        session = await client(server)
+        async with session:
+            assert session.pgconn.ssl_in_use
+            word.hold_back()
+            asked = await sent(session, "SELECT 7")
+            fresh = asyncio.create_task(client(server))
+            assert await asyncio.wait([asked, fresh], timeout=_PATIENCE_S) == (
+                set(),
+                {asked, fresh},
+            )
+            release(word)
+            assert await asked == 7
+            await (await fresh).close()
 
 
 async def test_nothing_of_a_long_message_is_lost(original: Original, library: Path) -> None:

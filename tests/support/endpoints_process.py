@@ -19,6 +19,7 @@ from grpc import aio
 from boreal.cluster import HOST, free_ports
 from boreal.rpc import control_pb2, control_pb2_grpc
 from boreal.rpc.edge import make_server
+from boreal.rpc.identity import Identity
 
 _START_LIMIT_S = 30.0
 
@@ -50,8 +51,10 @@ class Routings(control_pb2_grpc.ControlServicer):
 class EndpointsProcess:
     """A running one."""
 
-    def __init__(self, log: Path, control: str, *arguments: str) -> None:
-        security = () if any("--tls-dir" in each for each in arguments) else ("--insecure",)
+    def __init__(
+        self, log: Path, control: str, *arguments: str, identity: Identity | None = None
+    ) -> None:
+        security = ("--tls-dir", str(identity.directory)) if identity else ("--insecure",)
         self.writer_port, self.reader_port = free_ports(2)
         self._log = log
         with log.open("wb") as output:
@@ -120,13 +123,16 @@ class EndpointsProcess:
 
 @asynccontextmanager
 async def control_plane(
-    routings: Routings, port: int | None = None
+    routings: Routings, port: int | None = None, identity: Identity | None = None
 ) -> AsyncIterator[tuple[str, aio.Server]]:
     """Serve `routings`; its address, and the server, which may be stopped before."""
     server = make_server()
     control_pb2_grpc.add_ControlServicer_to_server(routings, server)
     address = f"{HOST}:{port or free_ports(1)[0]}"
-    server.add_insecure_port(address)
+    if identity is None:
+        server.add_insecure_port(address)
+    else:
+        server.add_secure_port(address, identity.server_credentials())
     await server.start()
     try:
         yield address, server
@@ -136,13 +142,19 @@ async def control_plane(
 
 @asynccontextmanager
 async def endpoints(
-    folder: Path, *routes: control_pb2.Route, arguments: tuple[str, ...] = ()
+    folder: Path,
+    *routes: control_pb2.Route,
+    arguments: tuple[str, ...] = (),
+    identity: Identity | None = None,
 ) -> AsyncIterator[tuple[EndpointsProcess, Routings]]:
-    """Run the endpoints' process on a control plane that tells of `routes` first."""
+    """Run the endpoints' process on a control plane that tells of `routes` first.
+
+    With an `identity` clients may have TLS; it is the control plane's, too.
+    """
     routings = Routings()  # type: ignore[abstract]
     routings.become(*routes)
-    async with control_plane(routings) as (address, _server):
-        process = EndpointsProcess(folder / "endpoints.log", address, *arguments)
+    async with control_plane(routings, identity=identity) as (address, _server):
+        process = EndpointsProcess(folder / "endpoints.log", address, *arguments, identity=identity)
         try:
             await process.logged("endpoints serve")
             if routes:

@@ -13,8 +13,9 @@ from functools import cache
 from pathlib import Path
 
 from boreal.cluster import HOST, free_ports
-from boreal.engine import find_engine
+from boreal.engine import Engine, find_engine
 from boreal.rpc import control_pb2
+from boreal.rpc.identity import CERTIFICATE_FILE, KEY_FILE
 from compute_node import shim
 from tests.support.stock_postgres import StockPostgres
 
@@ -55,9 +56,20 @@ def _library() -> Path:
     return shim.build(directory)
 
 
+def _client_tls(engine: Engine, home: Path, tls_dir: Path) -> shim.ClientTls:
+    """As the agent hands it to PostgreSQL."""
+    tls = shim.ClientTls(certificate=home / CERTIFICATE_FILE, key=home / KEY_FILE)
+    for path in (tls.certificate, tls.key):
+        shutil.copy(tls_dir / path.name, path)
+        engine.account.own(path)
+    return tls
+
+
 @contextmanager
-def handed_over(name: str, settings: Mapping[str, str] | None = None) -> Iterator[HandedOver]:
-    """Run one; stop and remove it after."""
+def handed_over(
+    name: str, settings: Mapping[str, str] | None = None, tls_dir: Path | None = None
+) -> Iterator[HandedOver]:
+    """Run one; stop and remove it after. Clients may have TLS if there is a `tls_dir`."""
     home = Path(tempfile.mkdtemp(prefix="boreal-ho-"))
     try:
         home.chmod(0o755)
@@ -81,6 +93,7 @@ def handed_over(name: str, settings: Mapping[str, str] | None = None) -> Iterato
             {
                 "LD_PRELOAD": str(_library()),
                 shim.HANDOVER_VARIABLE: str(handover),
+                **(_client_tls(engine, home, tls_dir).environment() if tls_dir else {}),
             },
         )
         try:
