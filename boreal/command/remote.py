@@ -130,14 +130,24 @@ class Remote:
 
 @asynccontextmanager
 async def connect(config: ClusterConfig) -> AsyncIterator[Remote]:
-    """The cluster's services; nothing is sent yet. BadUsage if it has no certificates yet."""
+    """The cluster's services; nothing is sent yet. BadUsage if it has no certificates."""
     async with AsyncExitStack() as stack:
         yield Remote(config, command_identity(config), stack)
 
 
 def command_identity(config: ClusterConfig) -> Identity | None:
-    """Who the command is to the cluster's processes; None: they talk unencrypted."""
-    return None if config.insecure else Identity.load(config.command_tls_dir)
+    """Who the command is to the cluster's processes; None: they talk unencrypted.
+
+    BadUsage if it has no certificates.
+    """
+    if config.insecure:
+        return None
+    if not config.command_tls_dir.is_dir():
+        raise BadUsage(
+            f"the cluster in {config.data_dir} has no certificates yet: it was never started, or "
+            "by a version of Boreal without TLS. `boreal down` and `boreal up` start it with TLS"
+        )
+    return Identity.load(config.command_tls_dir)
 
 
 async def if_reachable(call: Awaitable[_T]) -> _T | None:

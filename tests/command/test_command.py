@@ -295,6 +295,27 @@ def test_up_adds_readers_and_takes_none_away(
     assert len(settled().compute) == 3
 
 
+def test_tls_is_turned_off_and_on_only_when_nothing_runs(
+    config: cluster.ClusterConfig, settled: Callable[..., cluster.ClusterConfig]
+) -> None:
+    assert settled().insecure  # as it was
+    assert not settled(insecure=False).insecure
+    assert not settled().insecure
+    processes = LocalProcesses(config.data_dir)
+    processes.start("sn-1", ("sleep", "600"))
+    for insecure in (None, False):
+        assert not settled(insecure=insecure).insecure
+    with pytest.raises(BadUsage, match="boreal down"):
+        settled(insecure=True)
+
+
+def test_a_cluster_without_certificates_is_told_of(config: cluster.ClusterConfig) -> None:
+    replace(config, insecure=False).save()
+    result = boreal(config.data_dir, "status")
+    assert result.exit_code == 2
+    assert "boreal up" in result.output
+
+
 @pytest.fixture
 def settled(config: cluster.ClusterConfig) -> Callable[..., cluster.ClusterConfig]:
     """What `up` with these options would start with."""
