@@ -16,6 +16,8 @@ from boreal.files import write_atomic
 from boreal.types import InstanceName, NodeName
 
 HOST = "127.0.0.1"
+ENVIRONMENT_PREFIX = "BOREAL"
+"""Every option of every process can be given in the environment: --tls-dir as BOREAL_TLS_DIR."""
 POSTGRES_PORT = 54320
 """The writer endpoint's; the reader endpoint's is the next one."""
 MASTER_USER = "boreal"
