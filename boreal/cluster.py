@@ -113,6 +113,11 @@ class ClusterConfig:
         return f"{HOST}:{self.control_port}"
 
     @property
+    def agent_addresses(self) -> dict[str, str]:
+        """The agents' gRPC addresses, by instance."""
+        return {entry.name: entry.agent_address for entry in self.compute}
+
+    @property
     def engine_dir(self) -> Path:
         """What all compute nodes run: the page shim, PostgreSQL if it had to be copied."""
         return self.data_dir / "engine"

@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from boreal.errors import NotNow
 from boreal.rpc.edge import calling, open_channel
+from boreal.rpc.identity import Identity
 
 READY = "ready"
 """The name of the second thing, in HealthCheckRequest.service."""
@@ -47,12 +48,14 @@ def add_health(server: aio.Server, ready: Callable[[], bool] = lambda: True) -> 
     health_pb2_grpc.add_HealthServicer_to_server(_HealthService(ready), server)
 
 
-async def check(address: str, *, ready: bool, within_s: float) -> None:
+async def check(
+    address: str, *, ready: bool, within_s: float, identity: Identity | None = None
+) -> None:
     """Ask the process at `address` (HOST:PORT). Returns if it serves; NotNow if it says that it
-    does not, Unreachable or UnknownOutcome if it says nothing.
+    does not, Unreachable or UnknownOutcome if it says nothing. `identity` as for `open_channel`.
     """
     request = health_pb2.HealthCheckRequest(service=READY if ready else "")
-    async with open_channel(address) as channel:
+    async with open_channel(address, identity) as channel:
         with calling(address, "Check"):
             answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=within_s)
     if answer.status != health_pb2.HealthCheckResponse.SERVING:

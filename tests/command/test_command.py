@@ -64,7 +64,7 @@ def test_dsn_loads_nothing_heavy(config: cluster.ClusterConfig) -> None:
 
 VERBS = [
     *("up", "down", "status", "events", "verify", "psql", "dsn", "logs", "kill", "pause", "resume"),
-    *("restart", "add-reader", "remove-reader", "failover"),
+    *("restart", "add-reader", "remove-reader", "failover", "wait"),
 ]
 
 
