@@ -74,7 +74,16 @@ class ComposedCluster:
         """The last of what each container logged."""
         program = compose() or []
         file = str(REPOSITORY / "deploy" / "docker-compose.yml")
-        command = [*program, "--file", file, "--project-name", self._project, "logs", "--tail=30"]
+        command = [
+            *program,
+            "--file",
+            file,
+            "--project-name",
+            self._project,
+            "logs",
+            "--no-color",
+            "--tail=30",
+        ]
         return run(command, timeout_s=60, check=False, environment=self._environment)
 
     # --- one container ---------------------------------------------------------------------------
