@@ -63,13 +63,16 @@ def running() -> Iterator[Running]:
 
 
 def whole(cluster: ComposedCluster) -> None:
-    """Wait until all nodes have all of the log, and all instances serve."""
+    """Wait until all nodes have all of the log, and there are a writer and two readers.
+
+    One that was cut off says for a moment still that it is the writer.
+    """
 
     def is_whole() -> bool:
         found = cluster.status()
         near = all(row["alive"] and row["lag_bytes"] < 65536 for row in found["storage"])
         serving = [row for row in found["compute"] if row["alive"] and row["takes_clients"]]
-        return near and len(serving) == len(INSTANCES)
+        return near and sorted(row["role"] for row in serving) == ["reader", "reader", "writer"]
 
     until(is_whole, 120, "all nodes to catch up and all instances to serve")
 
