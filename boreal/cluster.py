@@ -16,6 +16,8 @@ from boreal.files import write_atomic
 from boreal.types import InstanceName, NodeName
 
 HOST = "127.0.0.1"
+ENVIRONMENT_PREFIX = "BOREAL"
+"""Every option of every process can be given in the environment: --tls-dir as BOREAL_TLS_DIR."""
 POSTGRES_PORT = 54320
 """The writer endpoint's; the reader endpoint's is the next one."""
 MASTER_USER = "boreal"
@@ -109,6 +111,11 @@ class ClusterConfig:
     def control_address(self) -> str:
         """The control plane's gRPC address."""
         return f"{HOST}:{self.control_port}"
+
+    @property
+    def agent_addresses(self) -> dict[str, str]:
+        """The agents' gRPC addresses, by instance."""
+        return {entry.name: entry.agent_address for entry in self.compute}
 
     @property
     def engine_dir(self) -> Path:

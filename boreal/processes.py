@@ -31,6 +31,7 @@ from pathlib import Path
 import psutil
 
 from boreal import process_tree
+from boreal.cluster import ENVIRONMENT_PREFIX
 from boreal.errors import BadUsage, ProcessFailed
 from boreal.files import write_atomic
 from boreal.waiting import wait_until
@@ -236,9 +237,16 @@ class LocalProcesses:
 
     def _launch(self, name: str, command: Sequence[str]) -> int:
         self._logs.mkdir(parents=True, exist_ok=True)
+        # The command line has it all; what the caller's environment says is of another cluster.
+        environment = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(f"{ENVIRONMENT_PREFIX}_")
+        }
         answer = subprocess.run(
             [sys.executable, "-I", "-S", str(_DETACH), str(self.log_path(name)), *command],
             cwd=self._directory,
+            env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             check=False,

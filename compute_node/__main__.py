@@ -12,10 +12,12 @@ import structlog
 import uvloop
 
 from boreal import logs
+from boreal.cluster import ENVIRONMENT_PREFIX
 from boreal.engine import find_engine
 from boreal.errors import BorealError
 from boreal.rpc import compute_pb2_grpc
 from boreal.rpc.edge import listen, make_server
+from boreal.rpc.health import add_health
 from boreal.rpc.options import identity_options, take_identity
 from boreal.types import InstanceName
 from compute_node import shim
@@ -34,6 +36,7 @@ async def serve(config: ComputeConfig) -> None:
     agent = Agent(config, engine, shim.build(config.engine_dir))
     server = make_server()
     compute_pb2_grpc.add_ComputeServicer_to_server(ComputeService(agent), server)
+    add_health(server, lambda: agent.takes_clients)
     listen(server, f"{config.host}:{config.port}")
     await server.start()
     loop = asyncio.get_running_loop()
@@ -45,11 +48,12 @@ async def serve(config: ComputeConfig) -> None:
         await server.stop(grace=1)
 
 
-@click.command()
+@click.command(context_settings={"auto_envvar_prefix": ENVIRONMENT_PREFIX})
 @click.option("--name", required=True, help="This instance: db-1, ...")
 @click.option("--data-dir", required=True, type=click.Path(path_type=Path))
 @click.option("--control", required=True, help="HOST:PORT of the control plane.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--advertise", metavar="HOST", help="How others reach this node.  [default: --host]")
 @click.option("--port", required=True, type=int, help="Of this agent's gRPC service.")
 @click.option("--postgres-port", required=True, type=int)
 @click.option(
@@ -71,6 +75,15 @@ async def serve(config: ComputeConfig) -> None:
     help="Where the page shim is built, and PostgreSQL copied if it must be; compute nodes may "
     "share one.  [default: engine in --data-dir]",
 )
+@click.option(
+    "--handover-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="A directory that the endpoints see under the same path: they hand connections over by a "
+    "socket in NAME there.  [default: one within --data-dir]",
+)
+@click.option(
+    "--no-handover", is_flag=True, help="The endpoints are elsewhere: they relay what clients say."
+)
 @click.option("--cache-size", type=int, default=0, help="Bytes of pages to keep; 0: no bound.")
 @click.option("--setting", multiple=True, metavar="NAME=VALUE", help="Further PostgreSQL settings.")
 @identity_options
@@ -79,11 +92,14 @@ def main(
     data_dir: Path,
     control: str,
     host: str,
+    advertise: str | None,
     port: int,
     postgres_port: int,
     tier: int,
     password_file: Path,
     engine_dir: Path | None,
+    handover_dir: Path | None,
+    no_handover: bool,
     cache_size: int,
     setting: tuple[str, ...],
     tls_dir: Path | None,
@@ -97,12 +113,15 @@ def main(
         data_dir=data_dir.absolute(),
         engine_dir=(engine_dir or data_dir / "engine").absolute(),
         host=host,
+        advertise=advertise,
         control=control,
         port=port,
         postgres_port=postgres_port,
         tier=tier,
         master_password=password_file.read_text().strip(),
         cache_bytes=cache_size,
+        takes_handovers=not no_handover,
+        shared_handover_dir=handover_dir.absolute() if handover_dir else None,
         settings=tuple((key, value) for key, _, value in pairs),
         tls_dir=tls_dir.absolute() if tls_dir else None,
     )

@@ -71,6 +71,11 @@ class Agent:
         return self._instance
 
     @property
+    def takes_clients(self) -> bool:
+        """Whether clients are served here, in whichever role."""
+        return self._instance is not None and self._instance.takes_clients
+
+    @property
     def publisher(self) -> Publisher:
         """Where readers get the log; NotWriter if this is not the writer."""
         writer = self._instance.writer if self._instance else None
@@ -115,7 +120,7 @@ class Agent:
         """The next heartbeat."""
         known = self._orders.current
         return control_pb2.ComputeHeartbeatRequest(
-            address=f"{self._config.host}:{self._config.port}",
+            address=self._config.address,
             postgres_port=self._config.postgres_port,
             pid=os.getpid(),
             status=self.status(),

@@ -29,6 +29,7 @@ class ComputeConfig:
     engine_dir: Path
     """The page shim, and a copy of PostgreSQL where its account cannot reach the original."""
     host: str
+    """To listen on, for the agent and for PostgreSQL."""
     control: str
     port: int
     """Of the agent's own gRPC service."""
@@ -42,6 +43,17 @@ class ComputeConfig:
     """Further postgresql.conf settings."""
     tls_dir: Path | None = None
     """Who this node is (boreal.rpc.identity), to clients too; None: unencrypted."""
+    advertise: str | None = None
+    """The host by which others reach this node; None: that it listens on."""
+    takes_handovers: bool = True
+    """Whether endpoints that share a directory with it hand connections over."""
+    shared_handover_dir: Path | None = None
+    """That directory, a part of it for each instance; None: it is the run directory."""
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT by which others reach the agent. PostgreSQL is at the same host."""
+        return f"{self.advertise or self.host}:{self.port}"
 
     @property
     def pgdata(self) -> Path:
@@ -71,11 +83,16 @@ class ComputeConfig:
         return self.run_dir / "feed"
 
     @property
-    def handover_dir(self) -> Path:
+    def handover_dir(self) -> Path | None:
         """The directory of the socket by which PostgreSQL takes connections accepted elsewhere."""
-        return self.run_dir / "handover"
+        if not self.takes_handovers:
+            return None
+        if self.shared_handover_dir is None:
+            return self.run_dir / "handover"
+        return self.shared_handover_dir / self.name
 
     @property
-    def handover_socket(self) -> Path:
-        """That socket, named as PostgreSQL does."""
-        return self.handover_dir / f".s.PGSQL.{self.postgres_port}"
+    def handover_socket(self) -> Path | None:
+        """That socket, named as PostgreSQL does; None: connections come by TCP only."""
+        folder = self.handover_dir
+        return folder / f".s.PGSQL.{self.postgres_port}" if folder else None

@@ -16,12 +16,16 @@ AFTER_IMAGES = "gin,spgist"
 for the page. For all others it has PostgreSQL's redo (storage_node/redo)."""
 
 
+def _socket_dirs(config: ComputeConfig) -> tuple[Path, ...]:
+    return tuple(path for path in (config.run_dir, config.handover_dir) if path)
+
+
 def _settings(config: ComputeConfig) -> dict[str, str]:
     return {
         "listen_addresses": config.host,
         "port": str(config.postgres_port),
         # By the second one the endpoints hand over connections they accepted (compute_node.shim).
-        "unix_socket_directories": f"{config.run_dir}, {config.handover_dir}",
+        "unix_socket_directories": ", ".join(str(path) for path in _socket_dirs(config)),
         "unix_socket_permissions": "0700",
         # The log leaves through the agent, the only synchronous standby: PostgreSQL's own queue of
         # commits waiting for it is the asynchronous group commit.
@@ -109,9 +113,10 @@ def _write(path: Path, text: str, engine: Engine) -> None:
 
 def prepare_directories(config: ComputeConfig, engine: Engine) -> None:
     """Make the directories PostgreSQL's account must get into, empty but for its certificate."""
-    shutil.rmtree(config.pgdata, ignore_errors=True)
-    shutil.rmtree(config.run_dir, ignore_errors=True)
-    for path in (config.pgdata, config.run_dir, config.feed_dir, config.handover_dir):
+    sockets = _socket_dirs(config)
+    for path in (config.pgdata, *sockets):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in (config.pgdata, *sockets, config.feed_dir):
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(0o700)
         engine.account.own(path)

@@ -34,7 +34,8 @@ async def drain(config: ComputeConfig, postgres: Postgres, lease: Lease) -> None
     A session is ended between two transactions, or after a second. What it takes to end PostgreSQL
     without losing anything; whatever fails here, what was acknowledged is durable anyway.
     """
-    config.handover_socket.unlink(missing_ok=True)
+    if config.handover_socket is not None:
+        config.handover_socket.unlink(missing_ok=True)
     lease.drain()
     began = time.monotonic()
     session = await postgres.session()

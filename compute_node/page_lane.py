@@ -25,6 +25,7 @@ from boreal.errors import (
 from boreal.frames import FrameReader, frame
 from boreal.rpc import storage_pb2
 from boreal.rpc.edge import error_from_wire, lane_client_arguments
+from boreal.sockets import notice_silence
 from boreal.types import PAGE_BYTES, NodeName
 
 CONNECT_S: Final = 1.0
@@ -229,6 +230,7 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Calls can be made."""
         self._transport = cast("asyncio.Transport", transport)
+        notice_silence(transport)
 
     def data_received(self, data: bytes) -> None:
         """Answers, whole or in part."""

@@ -22,7 +22,7 @@ def status_of(
         incarnation=life.identity,
         state=compute_pb2.ComputeState.Value(life.state.name),
         tier=config.tier,
-        handover=str(config.handover_socket),
+        handover=str(config.handover_socket or ""),
     )
     if instance is None:
         return status

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import secrets
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import structlog
 import uvloop
 
 from boreal import logs
+from boreal.cluster import ENVIRONMENT_PREFIX
 from boreal.errors import BorealError
 from boreal.processes import LocalProcesses
 from boreal.rpc import control_pb2_grpc
 from boreal.rpc.edge import listen, make_server
-from boreal.rpc.options import INSECURE_HELP, TLS_DIR_HELP, take_identity
+from boreal.rpc.health import add_health
+from boreal.rpc.options import identity_options, take_identity
 from boreal.types import VolumeId
 from control_plane.coordinator import Coordinator
 from control_plane.launcher import ClusterNames, Launcher
@@ -43,25 +44,6 @@ class ControlConfig:
     port: int
     launch: Path | None
     """The local cluster whose dead processes are brought back; None: nobody's."""
-    tls_dir: Path | None
-    insecure: bool
-
-
-def parse(arguments: Sequence[str]) -> ControlConfig:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m control_plane", description=__doc__)
-    parser.add_argument("--data-dir", type=Path, required=True, help="where the state is kept")
-    parser.add_argument("--port", type=int, required=True, help="of the Control service")
-    parser.add_argument("--host", default="127.0.0.1", help="to listen on (%(default)s)")
-    parser.add_argument(
-        "--launch",
-        type=Path,
-        metavar="CLUSTER_DIR",
-        help="start dead compute nodes and endpoints of this local cluster again",
-    )
-    parser.add_argument("--tls-dir", type=Path, metavar="DIR", help=TLS_DIR_HELP)
-    parser.add_argument("--insecure", action="store_true", help=INSECURE_HELP)
-    return ControlConfig(**vars(parser.parse_args(arguments)))
 
 
 def new_volume_id() -> VolumeId:
@@ -83,6 +65,7 @@ async def serve(config: ControlConfig) -> None:
         service = ControlService(coordinator, pulse)
         server = make_server()
         control_pb2_grpc.add_ControlServicer_to_server(service, server)
+        add_health(server)
         address = f"{config.host}:{config.port}"
         listen(server, address)
         await server.start()
@@ -105,18 +88,39 @@ async def _launch(cluster_dir: Path | None) -> None:
         await Launcher(LocalProcesses(cluster_dir), names, time.monotonic).run()
 
 
-def main() -> int:
-    """Run the process; its exit status."""
+@click.command(context_settings={"auto_envvar_prefix": ENVIRONMENT_PREFIX})
+@click.option(
+    "--data-dir",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the state is kept.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", required=True, type=click.IntRange(1, 65535), help="Of the service.")
+@click.option(
+    "--launch",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="CLUSTER_DIR",
+    help="Start dead compute nodes and endpoints of this local cluster again.",
+)
+@identity_options
+def main(
+    data_dir: Path,
+    host: str,
+    port: int,
+    launch: Path | None,
+    tls_dir: Path | None,
+    insecure: bool,
+) -> None:
+    """Run a cluster's control plane."""
     logs.configure("control")
-    config = parse(sys.argv[1:])
     try:
-        take_identity(config.tls_dir, insecure=config.insecure)
-        uvloop.run(serve(config))
+        take_identity(tls_dir, insecure=insecure)
+        uvloop.run(serve(ControlConfig(data_dir=data_dir, host=host, port=port, launch=launch)))
     except BorealError as error:
         _log.error("control plane cannot run", error=error.message)
-        return 1
-    return 0
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

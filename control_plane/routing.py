@@ -16,7 +16,7 @@ class Place:
     host: str
     postgres_port: int
     handover: str
-    """The unix socket, on that host, that takes accepted ones; empty: it has none yet."""
+    """The unix socket, on that host, that takes accepted ones; empty: they are relayed to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

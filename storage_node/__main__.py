@@ -16,9 +16,11 @@ import structlog
 import uvloop
 
 from boreal import logs
+from boreal.cluster import ENVIRONMENT_PREFIX
 from boreal.errors import BadUsage, BorealError
 from boreal.rpc import storage_pb2_grpc
 from boreal.rpc.edge import listen, make_server
+from boreal.rpc.health import add_health
 from boreal.rpc.options import identity_options, take_identity
 from boreal.types import NodeName
 from storage_node.append import AppendHandler
@@ -73,6 +75,7 @@ async def serve(config: StorageConfig, start_pages: Callable[[], PageProcess]) -
     log_service = StorageLogService(config.name, volumes, appends, changed)
     storage_pb2_grpc.add_StorageLogServicer_to_server(log_service, server)
     storage_pb2_grpc.add_BundlesServicer_to_server(BundlesService(volumes), server)
+    add_health(server, lambda: pages.running and not volumes.broken)
     lane = append_lane(appends)
     try:
         listen(server, f"{config.host}:{config.log_port}")
@@ -105,7 +108,7 @@ def run(config: StorageConfig, start_pages: Callable[[], PageProcess], *, insecu
         sys.exit(1)
 
 
-@click.command()
+@click.command(context_settings={"auto_envvar_prefix": ENVIRONMENT_PREFIX})
 @click.option("--name", required=True, help="Its name in the cluster: sn-1, sn-2, ...")
 @click.option("--zone", required=True, help="Its availability zone.")
 @click.option(
@@ -129,6 +132,7 @@ def run(config: StorageConfig, start_pages: Callable[[], PageProcess], *, insecu
     help="Framed lane of page reads.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option("--advertise", metavar="HOST", help="How others reach this node.  [default: --host]")
 @click.option(
     "--retain-log-mib",
     default=RETAIN_LOG_BYTES >> 20,
@@ -154,6 +158,7 @@ def main(
     pages_port: int,
     page_frames_port: int,
     host: str,
+    advertise: str | None,
     retain_log_mib: int,
     index_lag_mib: int,
     tls_dir: Path | None,
@@ -167,6 +172,7 @@ def main(
         zone=zone,
         data_dir=data_dir,
         host=host,
+        advertise=advertise,
         control=control,
         log_port=log_port,
         frames_port=frames_port,

@@ -62,6 +62,7 @@ class StorageConfig:
     zone: str
     data_dir: Path
     host: str
+    """To listen on."""
     control: str
     """host:port of the control plane."""
     log_port: int
@@ -72,6 +73,8 @@ class StorageConfig:
     """gRPC: StoragePages, served by the page process."""
     page_frames_port: int
     """The framed lane of GetPages, served by the page process."""
+    advertise: str | None = None
+    """The host by which others reach this node; None: that it listens on."""
     retain_log_bytes: int = RETAIN_LOG_BYTES
     """Log a volume keeps below the floor; more than that is turned into stored pages."""
     chain_records: int = CHAIN_RECORDS
@@ -80,6 +83,10 @@ class StorageConfig:
     """When the writer is slowed because the page index lags."""
     tls_dir: Path | None = None
     """Who the node's processes are (boreal.rpc.identity); None: unencrypted."""
+
+    def address(self, port: int) -> str:
+        """HOST:PORT by which others reach one of its ports."""
+        return f"{self.advertise or self.host}:{port}"
 
     @property
     def volumes_dir(self) -> Path:

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from boreal.errors import BadUsage, BorealError, MalformedRequest
 from boreal.frames import MAX_FRAME_BYTES, FrameReader
 from boreal.rpc.edge import lane_server_arguments
+from boreal.sockets import notice_silence
 
 MAX_CONNECTIONS = 256
 
@@ -87,6 +88,7 @@ class FramedConnection(asyncio.Protocol, ABC, Generic[_Request]):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A peer has come."""
         self.transport = cast("asyncio.Transport", transport)
+        notice_silence(transport)
         if len(self._siblings) >= MAX_CONNECTIONS:
             _log.warning(
                 "a lane connection over the limit was closed",

@@ -9,8 +9,7 @@ from datetime import UTC, datetime
 
 from rich.text import Text
 
-from boreal.cluster import ClusterConfig
-from boreal.command.remote import connect, if_reachable, of_control_plane
+from boreal.command.remote import Place, connect, if_reachable, of_control_plane
 from boreal.command.status import Json
 from boreal.rpc import control_pb2
 
@@ -23,22 +22,20 @@ _STYLES = {
 }
 
 
-async def show(config: ClusterConfig, print_one: Callable[[control_pb2.Event], None]) -> int:
+async def show(place: Place, print_one: Callable[[control_pb2.Event], None]) -> int:
     """Pass on all there is; return the id of the last, 0 if there is none."""
-    async with connect(config) as remote:
-        events = await of_control_plane(remote.events())
+    async with connect(place) as remote:
+        events = await of_control_plane(remote.events(), place)
     for event in events:
         print_one(event)
     return events[-1].id if events else 0
 
 
-async def follow(
-    config: ClusterConfig, after: int, print_one: Callable[[control_pb2.Event], None]
-) -> None:
+async def follow(place: Place, after: int, print_one: Callable[[control_pb2.Event], None]) -> None:
     """Pass on what comes after the event of that id, until cancelled, the control plane's absences
     included.
     """
-    async with connect(config) as remote:
+    async with connect(place) as remote:
         while True:
             for event in await if_reachable(remote.events(after)) or ():
                 print_one(event)

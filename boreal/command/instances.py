@@ -10,7 +10,7 @@ from pathlib import Path
 from boreal import cluster
 from boreal.cluster import CONTROL, ClusterConfig, InstanceEntry
 from boreal.command.certify import certify
-from boreal.command.remote import Remote, connect, of_control_plane
+from boreal.command.remote import Place, Remote, connect, of_control_plane
 from boreal.command.reporter import Reporter, Silent
 from boreal.command.roster import command_line
 from boreal.command.starting import Start
@@ -68,29 +68,29 @@ def remove_reader(data_dir: Path, name: str, reporter: Reporter | None = None) -
 
 async def _remove(config: ClusterConfig, processes: LocalProcesses, name: str) -> None:
     async with connect(config) as remote:
-        status = await of_control_plane(remote.cluster_status())
+        status = await of_control_plane(remote.cluster_status(), config)
         if status.writer == name:
             raise BadUsage(
                 f"{name} is the writer; `boreal failover` makes another instance the writer first"
             )
         await asyncio.to_thread(processes.stop, name)
         try:
-            await _forgotten(remote, name)
+            await _forgotten(config, remote, name)
         except Refused:
             # It became the writer at this very moment: it is needed.
             processes.start(name, command_line(config, name))
             raise
 
 
-async def _forgotten(remote: Remote, name: str) -> None:
+async def _forgotten(config: ClusterConfig, remote: Remote, name: str) -> None:
     """Return once the control plane does not know the instance, which it may never have."""
     deadline = time.monotonic() + _FORGOTTEN_BOUND_S
     while True:
-        status = await of_control_plane(remote.cluster_status())
+        status = await of_control_plane(remote.cluster_status(), config)
         if all(each.status.instance != name for each in status.instances):
             return
         try:
-            await of_control_plane(remote.remove_instance(name))
+            await of_control_plane(remote.remove_instance(name), config)
         except Refused:
             if status.writer == name or time.monotonic() > deadline:
                 raise
@@ -99,9 +99,9 @@ async def _forgotten(remote: Remote, name: str) -> None:
             return
 
 
-async def fail_over(config: ClusterConfig, target: str) -> control_pb2.FailoverResponse:
+async def fail_over(place: Place, target: str) -> control_pb2.FailoverResponse:
     """Make `target`, or with none named the reader that is next, the writer."""
-    if target:
-        config.instance(target)
-    async with connect(config) as remote:
-        return await of_control_plane(remote.failover(target))
+    if target and isinstance(place, ClusterConfig):
+        place.instance(target)
+    async with connect(place) as remote:
+        return await of_control_plane(remote.failover(target), place)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from boreal import cluster
 from boreal.cluster import ClusterConfig
@@ -16,9 +18,28 @@ from boreal.command.size import Size
 from boreal.errors import BadUsage, BorealError
 
 if TYPE_CHECKING:
+    from boreal.command.remote import Place
     from boreal.rpc import control_pb2  # takes a tenth of a second
+    from boreal.rpc.identity import Identity
 
 _FOLLOW_POLL_S = 0.1
+_ELSEWHERE = ("status", "events", "failover", "wait", "health")
+"""The verbs that need no more of a cluster than its control plane's address, or not even that."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Told:
+    """What was said before the verb: of a cluster that runs elsewhere."""
+
+    control: str | None
+    tls_dir: Path | None
+    insecure: bool
+
+    def identity(self) -> Identity | None:
+        """Who the command is to it. BadUsage if that was not said, or cannot be."""
+        from boreal.rpc.options import identity_of
+
+        return identity_of(self.tls_dir, insecure=self.insecure)
 
 
 class _Refusal(click.ClickException):
@@ -58,8 +79,51 @@ class _Verbs(click.Group):
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="boreal")
-def main() -> None:
+@click.option(
+    "--control",
+    metavar="HOST:PORT",
+    envvar=f"{cluster.ENVIRONMENT_PREFIX}_CONTROL",
+    help="The control plane of a cluster that runs elsewhere, in containers say, for the verbs "
+    f"{', '.join(_ELSEWHERE)}; also $BOREAL_CONTROL.",
+)
+@click.option(
+    "--tls-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar=f"{cluster.ENVIRONMENT_PREFIX}_TLS_DIR",
+    help="Holds ca.crt, tls.crt and tls.key: who the command is to a cluster that runs elsewhere; "
+    "also $BOREAL_TLS_DIR.",
+)
+@click.option(
+    "--insecure",
+    is_flag=True,
+    envvar=f"{cluster.ENVIRONMENT_PREFIX}_INSECURE",
+    help="That cluster was told to do without; also $BOREAL_INSECURE.",
+)
+@click.pass_context
+def main(context: click.Context, control: str | None, tls_dir: Path | None, insecure: bool) -> None:
     """PostgreSQL 16 on a log-structured volume, kept six ways over three zones."""
+    verb = context.invoked_subcommand
+    if _given(context, "control") and verb not in _ELSEWHERE:
+        raise BadUsage(f"`boreal {verb}` works on this machine's clusters; leave out --control")
+    context.obj = _Told(control=control, tls_dir=tls_dir, insecure=insecure)
+
+
+def _given(context: click.Context, option: str) -> bool:
+    return context.get_parameter_source(option) is ParameterSource.COMMANDLINE
+
+
+def _place(data_dir: Path) -> Place:
+    """The cluster that is meant: one elsewhere if its control plane was named. A --data-dir on the
+    command line counts more than what the environment says.
+    """
+    context = click.get_current_context()
+    parent = context.find_root()
+    told: _Told = parent.obj
+    if told.control and (_given(parent, "control") or not _given(context, "data_dir")):
+        from boreal.command.remote import Outside
+
+        return Outside(control_address=told.control, identity=told.identity())
+    return cluster.load(data_dir)
 
 
 def _data_dir_option(verb: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,8 +227,8 @@ def status(data_dir: Path, as_json: bool, watch: bool) -> None:
 
     \b
     --json prints one object:
-      data_dir   the cluster's directory
-      control    name, process, pid, answers
+      data_dir   the cluster's directory; null with --control
+      control    name, process, pid, address, answers
       endpoints  name, process, pid; writer and reader, each with its address
                  and the instances it leads to
       volume     id, ready, epoch, vdl
@@ -178,8 +242,9 @@ def status(data_dir: Path, as_json: bool, watch: bool) -> None:
                  lag_ms (of readers, behind the VDL), bundle_end_lsn,
                  timeline, postgres_pid, postgres_port, shipped_bytes,
                  links (node, state, scl, ack_latency_us)
-    `process` is running, paused, dead or stopped. LSNs are text as PostgreSQL
-    writes them. What is not known, as when the control plane is down, is null.
+    `process` is running, paused, dead or stopped; null of another machine's.
+    LSNs are text as PostgreSQL writes them. What is not known, as when the
+    control plane is down, is null.
     """
     import asyncio
     from contextlib import suppress
@@ -190,12 +255,11 @@ def status(data_dir: Path, as_json: bool, watch: bool) -> None:
     from boreal.command.status_view import to_table
     from boreal.command.watch import watch as show
 
-    config = cluster.load(data_dir)
     if watch:
         with suppress(KeyboardInterrupt):
-            asyncio.run(show(data_dir, Console()))
+            asyncio.run(show(lambda: _place(data_dir), Console()))
         return
-    report = found.to_json(asyncio.run(found.gather(config)))
+    report = found.to_json(asyncio.run(found.gather(_place(data_dir))))
     if as_json:
         import json
 
@@ -217,7 +281,7 @@ def events(data_dir: Path, follow: bool, as_json: bool) -> None:
 
     from boreal.command import events as happened
 
-    config = cluster.load(data_dir)
+    place = _place(data_dir)
     console = Console(soft_wrap=True)
 
     def tell(event: control_pb2.Event) -> None:
@@ -226,10 +290,10 @@ def events(data_dir: Path, follow: bool, as_json: bool) -> None:
         else:
             console.print(happened.to_line(event))
 
-    last = asyncio.run(happened.show(config, tell))
+    last = asyncio.run(happened.show(place, tell))
     if follow:
         with suppress(KeyboardInterrupt):
-            asyncio.run(happened.follow(config, last, tell))
+            asyncio.run(happened.follow(place, last, tell))
 
 
 @main.command()
@@ -360,10 +424,29 @@ def failover(data_dir: Path, target: str) -> None:
 
     from boreal.command.instances import fail_over
 
-    done = asyncio.run(fail_over(cluster.load(data_dir), target))
+    done = asyncio.run(fail_over(_place(data_dir), target))
     click.echo(
         f"{done.writer} is the writer, epoch {done.epoch}; it took {done.took_ms / 1000:.2f} s"
     )
+
+
+@main.command()
+@_data_dir_option
+@click.option(
+    "--readers",
+    type=click.IntRange(0, cluster.MAX_INSTANCES - 1),
+    default=0,
+    show_default=True,
+    help="Wait for so many readers, too.",
+)
+@click.option("--timeout", "timeout_s", type=click.FloatRange(0), default=180, show_default=True)
+def wait(data_dir: Path, readers: int, timeout_s: float) -> None:
+    """Return when SQL is served: there is a writer that takes clients."""
+    import asyncio
+
+    from boreal.command.served import await_served
+
+    click.echo(asyncio.run(await_served(_place(data_dir), readers, timeout_s)))
 
 
 # --- certificates --------------------------------------------------------------------------------
@@ -503,6 +586,25 @@ def restart(data_dir: Path, name: str) -> None:
 
     config = cluster.load(data_dir)
     run(config, check_name(config, name), Terminal())
+
+
+@main.command()
+@click.argument("address", metavar="HOST:PORT")
+@click.option("--ready", is_flag=True, help="Whether it does its work, not only whether it lives.")
+@click.option("--timeout", "timeout_s", type=click.FloatRange(0), default=5, show_default=True)
+def health(address: str, ready: bool, timeout_s: float) -> None:
+    """Ask one process how it is, by gRPC's health protocol: the probe of containers.
+
+    Succeeds if it answers well. A storage node is asked at its log port, an instance at its
+    agent's, the endpoints at their --health-port. `boreal --tls-dir DIR health` says who asks.
+    """
+    import asyncio
+
+    from boreal.rpc.health import check
+
+    told: _Told = click.get_current_context().find_root().obj
+    identity = told.identity()
+    asyncio.run(check(address, ready=ready, within_s=timeout_s, identity=identity))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from grpc import aio
@@ -22,16 +23,31 @@ _BUNDLE_DEADLINE_S = 60.0
 _VERIFY_DEADLINE_S = 6 * 3600.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outside:
+    """A cluster of which only the control plane's address is known: it runs elsewhere."""
+
+    control_address: str
+    """HOST:PORT."""
+    agent_addresses: Mapping[str, str] = field(default_factory=dict)
+    """None: only the control plane is asked."""
+    identity: Identity | None = None
+    """Who the command is to it; None: it talks unencrypted."""
+
+
+Place = ClusterConfig | Outside
+"""Where a cluster is."""
+
+
 class Remote:
     """The cluster's control plane and the agents of its instances, by their services.
 
     Channels to agents are opened when first needed; they end with `stack`.
     """
 
-    def __init__(
-        self, config: ClusterConfig, identity: Identity | None, stack: AsyncExitStack
-    ) -> None:
-        self._config = config
+    def __init__(self, place: Place, identity: Identity | None, stack: AsyncExitStack) -> None:
+        self._control_address = place.control_address
+        self._agent_addresses = place.agent_addresses
         self._identity = identity
         self._stack = stack
         self._agents: dict[str, compute_pb2_grpc.ComputeAsyncStub] = {}
@@ -83,7 +99,7 @@ class Remote:
         The instances are asked, not the control plane: it need not be up. One that was deposed and
         has not noticed has an older epoch.
         """
-        found = await self.instances(self._config.instance_names)
+        found = await self.instances(list(self._agent_addresses))
         writers = [each for each in found.values() if each.state == compute_pb2.WRITER]
         if writers:
             return max(writers, key=lambda status: status.volume.epoch)
@@ -117,37 +133,39 @@ class Remote:
 
     def _control(self) -> control_pb2_grpc.ControlAsyncStub:
         if self._control_stub is None:
-            channel = self._channel(self._config.control_address)
+            channel = self._channel(self._control_address)
             self._control_stub = control_pb2_grpc.ControlStub(channel)
         return self._control_stub
 
     def _agent(self, name: str) -> compute_pb2_grpc.ComputeAsyncStub:
         if name not in self._agents:
-            channel = self._channel(self._config.instance(name).agent_address)
+            channel = self._channel(self._agent_addresses[name])
             self._agents[name] = compute_pb2_grpc.ComputeStub(channel)
         return self._agents[name]
 
 
 @asynccontextmanager
-async def connect(config: ClusterConfig) -> AsyncIterator[Remote]:
+async def connect(place: Place) -> AsyncIterator[Remote]:
     """The cluster's services; nothing is sent yet. BadUsage if it has no certificates."""
     async with AsyncExitStack() as stack:
-        yield Remote(config, command_identity(config), stack)
+        yield Remote(place, command_identity(place), stack)
 
 
-def command_identity(config: ClusterConfig) -> Identity | None:
+def command_identity(place: Place) -> Identity | None:
     """Who the command is to the cluster's processes; None: they talk unencrypted.
 
     BadUsage if it has no certificates.
     """
-    if config.insecure:
+    if isinstance(place, Outside):
+        return place.identity
+    if place.insecure:
         return None
-    if not config.command_tls_dir.is_dir():
+    if not place.command_tls_dir.is_dir():
         raise BadUsage(
-            f"the cluster in {config.data_dir} has no certificates yet: it was never started, or "
+            f"the cluster in {place.data_dir} has no certificates yet: it was never started, or "
             "by a version of Boreal without TLS. `boreal down` and `boreal up` start it with TLS"
         )
-    return Identity.load(config.command_tls_dir)
+    return Identity.load(place.command_tls_dir)
 
 
 async def if_reachable(call: Awaitable[_T]) -> _T | None:
@@ -158,11 +176,16 @@ async def if_reachable(call: Awaitable[_T]) -> _T | None:
         return None
 
 
-async def of_control_plane(call: Awaitable[_T]) -> _T:
+async def of_control_plane(call: Awaitable[_T], place: Place) -> _T:
     """The answer; BadUsage that says what to do if the control plane is not there."""
     try:
         return await call
-    except Unreachable:
+    except Unreachable as error:
+        if isinstance(place, Outside):
+            raise BadUsage(
+                f"no control plane answers at {place.control_address}; is it the right address, "
+                f"and does it run? {error.message}"
+            ) from None
         raise BadUsage(
             "the control plane does not answer; `boreal status` shows whether the cluster is up, "
             f"and `boreal restart {CONTROL}` starts the control plane alone"

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from boreal.cluster import CONTROL, ENDPOINTS, HOST, ClusterConfig, InstanceEntry
-from boreal.command.remote import Remote, connect, if_reachable, state_name
+from boreal.cluster import CONTROL, ENDPOINTS, HOST, ClusterConfig
+from boreal.command.remote import (
+    Outside,
+    Place,
+    Remote,
+    connect,
+    if_reachable,
+    of_control_plane,
+    state_name,
+)
 from boreal.processes import LocalProcesses, ProcessState, ProcessStatus
 from boreal.rpc import compute_pb2, control_pb2
 from boreal.types import format_lsn
@@ -22,25 +30,70 @@ _ROLES = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InstancePlace:
+    """An instance, wherever it is."""
+
+    name: str
+    tier: int
+    host: str
+    postgres_port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gathered:
     """What was found out, raw."""
 
-    config: ClusterConfig
+    place: Place
+    nodes: Mapping[str, str]
+    """Every storage node's zone."""
+    members: Sequence[InstancePlace]
+    """Every instance."""
     processes: Mapping[str, ProcessStatus]
+    """Those on this machine."""
     cluster: control_pb2.ClusterStatus | None
     """None: the control plane does not answer."""
     instances: Mapping[str, compute_pb2.ComputeStatus]
     """From the instances themselves, those that answer."""
 
 
-async def gather(config: ClusterConfig) -> Gathered:
-    """Ask the kernel, the control plane and the instances."""
-    async with connect(config) as remote:
-        return await gather_by(config, remote)
+async def gather(place: Place) -> Gathered:
+    """Ask the kernel, the control plane and the instances; of a cluster elsewhere, only the control
+    plane, which tells what it heard: BadUsage if that does not answer.
+    """
+    async with connect(place) as remote:
+        if isinstance(place, Outside):
+            return _from_outside(place, await of_control_plane(remote.cluster_status(), place))
+        return await gather_by(place, remote)
 
 
-async def gather_by(config: ClusterConfig, remote: Remote) -> Gathered:
-    """The same over connections that are kept."""
+async def gather_by(place: Place, remote: Remote) -> Gathered:
+    """The same over connections that are kept. A control plane that is away is no error."""
+    if isinstance(place, Outside):
+        return _from_outside(place, await if_reachable(remote.cluster_status()))
+    return await _from_here(place, remote)
+
+
+def _from_outside(place: Outside, cluster: control_pb2.ClusterStatus | None) -> Gathered:
+    known = cluster or control_pb2.ClusterStatus()
+    return Gathered(
+        place=place,
+        nodes={each.node.name: each.node.zone for each in known.storage},
+        members=[
+            InstancePlace(
+                name=each.status.instance,
+                tier=each.status.tier,
+                host=each.address.rpartition(":")[0],
+                postgres_port=each.postgres_port,
+            )
+            for each in known.instances
+        ],
+        processes={},
+        cluster=cluster,
+        instances={each.status.instance: each.status for each in known.instances if each.alive},
+    )
+
+
+async def _from_here(config: ClusterConfig, remote: Remote) -> Gathered:
     local = LocalProcesses(config.data_dir)
     processes = {name: local.status(name) for name in config.names}
 
@@ -48,7 +101,14 @@ async def gather_by(config: ClusterConfig, remote: Remote) -> Gathered:
         return processes[name].state is ProcessState.RUNNING
 
     return Gathered(
-        config=config,
+        place=config,
+        nodes={entry.name: entry.zone for entry in config.storage},
+        members=[
+            InstancePlace(
+                name=entry.name, tier=entry.tier, host=HOST, postgres_port=entry.postgres_port
+            )
+            for entry in config.compute
+        ],
         processes=processes,
         cluster=await if_reachable(remote.cluster_status()) if answers(CONTROL) else None,
         instances=await remote.instances(list(filter(answers, config.instance_names))),
@@ -65,8 +125,12 @@ def to_json(found: Gathered) -> Json:
     known = found.cluster is not None
     vdl = _vdl(found)
     return {
-        "data_dir": str(found.config.data_dir),
-        "control": {**_process(found.processes[CONTROL]), "answers": known},
+        "data_dir": None if isinstance(found.place, Outside) else str(found.place.data_dir),
+        "control": {
+            **_process(found, CONTROL),
+            "address": found.place.control_address,
+            "answers": known,
+        },
         "endpoints": _endpoints(found),
         "volume": {
             "id": _volume_id(found) or None,
@@ -75,13 +139,16 @@ def to_json(found: Gathered) -> Json:
             "vdl": _lsn(vdl),
         },
         "writer": status.writer or _writer_at_work(found),
-        "storage": [_node(found, entry.name, vdl) for entry in found.config.storage],
-        "compute": [_instance(found, entry, vdl) for entry in found.config.compute],
+        "storage": [_node(found, name, vdl) for name in found.nodes],
+        "compute": [_instance(found, member, vdl) for member in found.members],
     }
 
 
-def _process(status: ProcessStatus) -> Json:
-    return {"name": status.name, "process": status.state.value, "pid": status.pid}
+def _process(found: Gathered, name: str) -> Json:
+    status = found.processes.get(name)
+    if status is None:
+        return {"name": name, "process": None, "pid": None}
+    return {"name": name, "process": status.state.value, "pid": status.pid}
 
 
 # --- endpoints -----------------------------------------------------------------------------------
@@ -92,13 +159,14 @@ def _endpoints(found: Gathered) -> Json:
     taking = [name for name, status in found.instances.items() if status.takes_clients]
     writers = [name for name in taking if name == _writer_at_work(found)]
     readers = [name for name in taking if found.instances[name].state == compute_pb2.READER]
+    writer_at, reader_at = None, None
+    if isinstance(found.place, ClusterConfig):
+        writer_at = f"{HOST}:{found.place.postgres_port}"
+        reader_at = f"{HOST}:{found.place.reader_port}"
     return {
-        **_process(found.processes[ENDPOINTS]),
-        "writer": {"address": f"{HOST}:{found.config.postgres_port}", "instances": writers},
-        "reader": {
-            "address": f"{HOST}:{found.config.reader_port}",
-            "instances": readers or writers,
-        },
+        **_process(found, ENDPOINTS),
+        "writer": {"address": writer_at, "instances": writers},
+        "reader": {"address": reader_at, "instances": readers or writers},
     }
 
 
@@ -113,10 +181,9 @@ def _writer_at_work(found: Gathered) -> str | None:
 
 
 def _node(found: Gathered, name: str, vdl: int) -> Json:
-    zone = next(entry.zone for entry in found.config.storage if entry.name == name)
     row: Json = {
-        **_process(found.processes[name]),
-        "zone": zone,
+        **_process(found, name),
+        "zone": found.nodes[name],
         "alive": None,
         "silent_ms": None,
         "promised_epoch": None,
@@ -172,21 +239,21 @@ _UNKNOWN_INSTANCE: Json = {
 }
 
 
-def _instance(found: Gathered, entry: InstanceEntry, vdl: int) -> Json:
+def _instance(found: Gathered, member: InstancePlace, vdl: int) -> Json:
     reported = next(
         (
             each
             for each in (found.cluster.instances if found.cluster else ())
-            if each.status.instance == entry.name
+            if each.status.instance == member.name
         ),
         None,
     )
-    status = found.instances.get(entry.name)
+    status = found.instances.get(member.name)
     return {
-        **_process(found.processes[entry.name]),
-        "tier": entry.tier,
-        "address": f"{HOST}:{entry.postgres_port}",
-        "postgres_port": entry.postgres_port,
+        **_process(found, member.name),
+        "tier": member.tier,
+        "address": f"{member.host}:{member.postgres_port}",
+        "postgres_port": member.postgres_port,
         "alive": reported.alive if reported else None,
         "silent_ms": reported.silent_ms if reported else None,
         **(_instance_status(status, vdl) if status else _UNKNOWN_INSTANCE),

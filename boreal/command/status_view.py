@@ -23,8 +23,12 @@ def to_table(report: Json) -> RenderableType:
 def headline(report: Json) -> Text:
     """The volume and its writer, or what is wrong."""
     volume = report["volume"]
-    if all(row["pid"] is None for row in _rows(report)):
+    elsewhere = report["data_dir"] is None
+    if not elsewhere and all(row["pid"] is None for row in _rows(report)):
         return Text("the cluster is down; `boreal up` starts it", "bold")
+    if elsewhere and not report["control"]["answers"]:
+        address = report["control"]["address"]
+        return Text(f"no control plane answers at {address}", "bold red")
     if not report["control"]["answers"]:
         return Text.assemble(
             ("the control plane does not answer", "bold red"),
@@ -71,7 +75,8 @@ def services(report: Json) -> Table:
 def _leads(endpoint: Json, role: str) -> Text:
     names = listed(endpoint["instances"])
     to = Text(names, "bold") if names else Text("nobody: clients wait", "yellow")
-    return Text.assemble(f"{endpoint['address']}  {role:<8}", ("→ ", "dim"), to)
+    at = f"{endpoint['address']}  " if endpoint["address"] else ""
+    return Text.assemble(f"{at}{role:<8}", ("→ ", "dim"), to)
 
 
 def instances(report: Json) -> Table:
@@ -150,7 +155,8 @@ def _table(*headings: str) -> Table:
 
 
 def _process_cells(row: Json) -> tuple[Text, str]:
-    return Text(row["process"], _PROCESS_STYLES.get(row["process"], "dim")), str(row["pid"] or "-")
+    process = row["process"] or "-"
+    return Text(process, _PROCESS_STYLES.get(process, "dim")), str(row["pid"] or "-")
 
 
 def _instance_state(row: Json) -> Text:
@@ -164,7 +170,7 @@ def _instance_state(row: Json) -> Text:
 def _node_state(node: Json) -> Text:
     if node["failure"]:
         return Text(node["failure"], "bold red")
-    if node["process"] != "running":  # the control plane takes a moment to notice
+    if node["process"] not in {"running", None}:  # the control plane takes a moment to notice
         return Text("-", "dim")
     if node["alive"] is False:
         return Text(f"silent for {node['silent_ms'] / 1000:.0f} s", "yellow")

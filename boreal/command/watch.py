@@ -7,7 +7,6 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console, Group, RenderableType
@@ -15,11 +14,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from boreal import cluster
-from boreal.cluster import ClusterConfig
 from boreal.command import status, status_view
 from boreal.command.events import to_line
-from boreal.command.remote import Remote, connect, if_reachable
+from boreal.command.remote import Place, Remote, connect, if_reachable
 from boreal.command.status import Json
 from boreal.rpc import control_pb2
 from boreal.types import parse_lsn
@@ -84,27 +81,27 @@ def sparkline(samples: Iterable[float | None]) -> str:
     return "".join("·" if value is None else _BARS[round(value * scale)] for value in values)
 
 
-async def watch(data_dir: Path, console: Console) -> None:
+async def watch(load: Callable[[], Place], console: Console) -> None:
     """Show it until cancelled: on a terminal in place, else one page below the other."""
     if not console.is_terminal:
-        await _repeat(data_dir, console.print)
+        await _repeat(load, console.print)
     # A screen of its own: what is on the terminal is there again afterwards.
     with Live(console=console, screen=True, auto_refresh=False) as live:
-        await _repeat(data_dir, lambda shown: live.update(shown, refresh=True))
+        await _repeat(load, lambda shown: live.update(shown, refresh=True))
 
 
-async def _repeat(data_dir: Path, show: Callable[[RenderableType], None]) -> NoReturn:
+async def _repeat(load: Callable[[], Place], show: Callable[[RenderableType], None]) -> NoReturn:
     history = History()
     while True:
-        config = cluster.load(data_dir)
-        async with connect(config) as remote:
-            while cluster.load(data_dir) == config:  # else instances came or went
-                show(await _look(config, remote, history))
+        place = load()
+        async with connect(place) as remote:
+            while load() == place:  # else instances came or went
+                show(await _look(place, remote, history))
                 await asyncio.sleep(_EVERY_S)
 
 
-async def _look(config: ClusterConfig, remote: Remote, history: History) -> RenderableType:
-    found = await status.gather_by(config, remote)
+async def _look(place: Place, remote: Remote, history: History) -> RenderableType:
+    found = await status.gather_by(place, remote)
     report = status.to_json(found)
     history.add(report, time.monotonic())
     if found.cluster:
@@ -117,7 +114,10 @@ def page(report: Json, history: History) -> RenderableType:
     """One screen."""
     now = datetime.now(UTC).astimezone()
     top = Text.assemble(
-        ("boreal  ", "bold"), report["data_dir"], (f"   {now:%H:%M:%S}", "dim"), "\n"
+        ("boreal  ", "bold"),
+        report["data_dir"] or report["control"]["address"],
+        (f"   {now:%H:%M:%S}", "dim"),
+        "\n",
     )
     lines = [to_line(event) for event in history.events]
     happened = Group(Text("\nevents", "dim"), *lines) if lines else ""

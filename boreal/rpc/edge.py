@@ -27,6 +27,10 @@ from boreal.types import Epoch, Fork, RelationFork, VolumeId
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 """No message of ours comes near it: pages and log travel in chunks of about 1 MiB."""
 
+KEEPALIVE_MS = 10_000
+"""A connection with a call under way that was silent for so long is asked for a sign of life. If
+none comes for as long again, it is given up."""
+
 _ERROR_KEY = "boreal-error-bin"
 _NEVER_CONNECTED = "failed to connect"
 """What gRPC says when there was no connection to send by: it tells it by the words alone."""
@@ -44,6 +48,15 @@ _OPTIONS = [
     # So long an attempt may take: on a busy machine a server needs some time to greet.
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 500),
+    # One that comes back may have another address under its name (a container that was on no
+    # network for a while). gRPC would ask for it again after half a minute.
+    ("grpc.dns_min_time_between_resolutions_ms", 500),
+    # A peer behind a broken network hangs up on nobody. The kernel goes on with such a connection
+    # for a quarter of an hour, with longer and longer pauses, also once the network is mended.
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+    ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
+    ("grpc.http2.max_ping_strikes", 0),
 ]
 
 _log = structlog.get_logger(__name__)

@@ -25,13 +25,18 @@ def identity_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return tls_dir(insecure(command))
 
 
-def take_identity(tls_dir: Path | None, *, insecure: bool) -> Identity | None:
-    """Be from now on who the options say; None: nobody. BadUsage unless they say one thing."""
+def identity_of(tls_dir: Path | None, *, insecure: bool) -> Identity | None:
+    """Who the options say; None: nobody. BadUsage unless they say one thing."""
     if (tls_dir is None) is not insecure:
         raise BadUsage(
             "say who this process is with --tls-dir DIR (`boreal certificates` makes one), or say "
             "--insecure; one of the two"
         )
-    identity = None if tls_dir is None else Identity.load(tls_dir)
+    return None if tls_dir is None else Identity.load(tls_dir)
+
+
+def take_identity(tls_dir: Path | None, *, insecure: bool) -> Identity | None:
+    """Be from now on who the options say."""
+    identity = identity_of(tls_dir, insecure=insecure)
     use_identity(identity)
     return identity

@@ -5,7 +5,7 @@ PostgreSQL *the connection itself*: the descriptor, over a unix socket (`handove
 `compute_node/shim/connections.c`). From then on no byte passes through this process; it may even
 die. So a query costs nothing here, and client addresses, pg_hba.conf and timeouts are PostgreSQL's.
 An unused copy of the connection is kept, by which the sessions of a writer that was deposed are
-ended (`sessions`).
+ended (`sessions`). Where the two share no directory the connection is relayed (`relay`).
 
 Before it chooses, it looks at the client's first message without taking it (`greeting`):
 

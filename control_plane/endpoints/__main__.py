@@ -7,7 +7,8 @@ import resource
 import signal
 import socket
 import sys
-from contextlib import ExitStack
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import click
@@ -15,7 +16,11 @@ import structlog
 import uvloop
 
 from boreal import logs
+from boreal.cluster import ENVIRONMENT_PREFIX
 from boreal.errors import BadUsage, BorealError
+from boreal.rpc.edge import listen as listen_grpc
+from boreal.rpc.edge import make_server
+from boreal.rpc.health import add_health
 from boreal.rpc.identity import Identity
 from boreal.rpc.options import identity_options, take_identity
 from control_plane.endpoints.choice import Endpoint
@@ -34,6 +39,7 @@ async def serve(
     ports: dict[Endpoint, int],
     limits: Limits,
     identity: Identity | None,
+    health_port: int | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT."""
     loop = asyncio.get_running_loop()
@@ -44,12 +50,29 @@ async def serve(
         endpoints = Endpoints(limits, identity.public_context() if identity else None)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, endpoints.stop)
-        _log.info("endpoints serve", host=host, **{role.value: ports[role] for role in Endpoint})
         async with asyncio.TaskGroup() as tasks:
             watching = tasks.create_task(watch(control, endpoints.take_over))
-            await endpoints.run(listeners)
+            async with _health(host, health_port, endpoints):
+                _log.info("endpoints serve", host=host, **{r.value: ports[r] for r in Endpoint})
+                await endpoints.run(listeners)
             watching.cancel()
     _log.info("endpoints stopped")
+
+
+@asynccontextmanager
+async def _health(host: str, port: int | None, endpoints: Endpoints) -> AsyncIterator[None]:
+    """Answer probes on that port meanwhile, if there is one."""
+    if port is None:
+        yield
+        return
+    server = make_server()
+    add_health(server, lambda: endpoints.routed)
+    listen_grpc(server, f"{host}:{port}")
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(None)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -69,11 +92,12 @@ def _allow_descriptors() -> None:
 _PORT = click.IntRange(1, 65535)
 
 
-@click.command()
+@click.command(context_settings={"auto_envvar_prefix": ENVIRONMENT_PREFIX})
 @click.option("--control", required=True, metavar="HOST:PORT", help="The control plane.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
 @click.option("--writer-port", required=True, type=_PORT, help="Leads to the writer.")
 @click.option("--reader-port", required=True, type=_PORT, help="Leads to each reader in turn.")
+@click.option("--health-port", type=_PORT, help="Of the gRPC health service.  [default: none]")
 @click.option(
     "--patience",
     default=Limits().patience_s,
@@ -95,6 +119,7 @@ def main(
     host: str,
     writer_port: int,
     reader_port: int,
+    health_port: int | None,
     patience: float,
     max_waiting: int,
     tls_dir: Path | None,
@@ -107,7 +132,7 @@ def main(
     limits = Limits(patience_s=patience, connections=max_waiting)
     try:
         identity = take_identity(tls_dir, insecure=insecure)
-        uvloop.run(serve(control, host, ports, limits, identity))
+        uvloop.run(serve(control, host, ports, limits, identity, health_port))
     except BorealError as error:
         _log.error("endpoints cannot run", code=error.code, why=error.message)
         sys.exit(1)

@@ -29,7 +29,7 @@ class Route:
     host: str
     port: int
     handover: str
-    """Path of the unix socket that takes accepted connections."""
+    """Path of the unix socket that takes accepted connections; empty: they are relayed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

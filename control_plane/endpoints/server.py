@@ -25,6 +25,7 @@ _ACCEPT_PAUSE_S = 0.1
 """After an accept() that failed: for want of descriptors, most likely."""
 _REST_S = {Outcome.REFUSED: 0.5, Outcome.WITHDRAWN: 0.5, Outcome.BUSY: 0.02}
 _TOO_MANY = ("53300", "too many connections wait for an instance of this cluster")
+_TOO_MANY_RELAYED = ("53300", "too many connections are relayed by this endpoint")
 _NOBODY = {
     Endpoint.WRITER: ("57P03", "the cluster has had no writer for too long"),
     Endpoint.READER: ("57P03", "the cluster has had no instance for too long"),
@@ -47,7 +48,7 @@ class Limits:
     offer_s: float = 1.0
     """For an instance to take a connection."""
     sessions: int = 8192
-    """Of which a copy is kept, to end them when their writer is deposed."""
+    """Which this process can end when their writer is deposed. No more than that are relayed."""
 
 
 @dataclass(slots=True)
@@ -72,11 +73,14 @@ class Endpoints:
         self._waiting = {endpoint: _Waiting() for endpoint in Endpoint}
         self._connections = 0
         self._full = False
+        self.routed = False
+        """Whether the control plane has told a routing yet. Read only."""
         self._greeting: set[Visitor] = set()
         self._stopping = asyncio.Event()
 
     def take_over(self, routes: tuple[Route, ...]) -> None:
         """Serve by a new routing from now on."""
+        self.routed = True
         self._directory.replace_routes(routes)
         for route in routes:
             if route.writer:
@@ -178,6 +182,8 @@ class Endpoints:
                     return _ENDS
                 route = self._directory.choose(visitor.endpoint)
                 if route is not None:
+                    if not route.handover and self._sessions.full:
+                        return _TOO_MANY_RELAYED
                     if await self._offered(visitor, route):
                         return None
                     continue
@@ -194,11 +200,10 @@ class Endpoints:
         async with self._directory.turn(route):
             if visitor.gone or not self._directory.stands(route):
                 return False
-            with Offer(visitor.client, route.handover) as offer:
-                outcome = offer.make() or await self._answer(visitor, route, offer)
-                if outcome is Outcome.TAKEN:
-                    self._sessions.keep(visitor.client, offer.carrier, route)
-                    return True
+            give = self._given if route.handover else self._relayed
+            outcome = await give(visitor, route)
+        if outcome is Outcome.TAKEN:
+            return True
         if not visitor.gone and self._directory.stands(route):
             self._directory.rest(route, _REST_S[outcome])
             if outcome is not Outcome.BUSY:
@@ -208,6 +213,32 @@ class Endpoints:
                     outcome=outcome.value,
                 )
         return False
+
+    async def _given(self, visitor: Visitor, route: Route) -> Outcome:
+        """Hand the connection itself over."""
+        with Offer(visitor.client, route.handover) as offer:
+            outcome = offer.make() or await self._answer(visitor, route, offer)
+            if outcome is Outcome.TAKEN:
+                self._sessions.keep(visitor.client, offer.carrier, route)
+            return outcome
+
+    async def _relayed(self, visitor: Visitor, route: Route) -> Outcome:
+        """Connect to the instance and relay."""
+        relay = self._sessions.relayed(route)
+        with ExitStack() as undoing:
+            undoing.callback(relay.end)
+            try:
+                async with asyncio.timeout(self._limits.offer_s):
+                    await relay.connect(route.host, route.port)
+            except TimeoutError:
+                return Outcome.WITHDRAWN
+            except OSError:
+                return Outcome.REFUSED
+            if visitor.gone or not self._directory.stands(route):
+                return Outcome.WITHDRAWN
+            await relay.begin(visitor.client)
+            undoing.pop_all()
+        return Outcome.TAKEN
 
     async def _answer(self, visitor: Visitor, route: Route, offer: Offer) -> Outcome:
         """How an offer that was made ends. It is withdrawn when it has no point any more."""

@@ -1,10 +1,10 @@
-"""The sessions that were handed over, as far as this process still has to do with them.
+"""The sessions that were handed over or are relayed, as far as this process has to do with them.
 
-PostgreSQL serves them alone. But a writer that was frozen (its machine, its process) and deposed
-meanwhile cannot tell its clients so, and they would wait for it as long as they live. So a copy of
-each connection is kept, unused, beside the carrier it was handed over with, and closed when the
-carrier ends, for then PostgreSQL's process has ended. When another instance becomes the writer, the
-sessions of the former one are ended by that copy.
+What was handed over PostgreSQL serves alone. But a writer that was frozen (its machine, its
+process) and deposed meanwhile cannot tell its clients so, and they would wait for it as long as
+they live. So a copy of each connection is kept, unused, beside the carrier it was handed over with,
+and closed when the carrier ends, for then PostgreSQL's process has ended. When another instance
+becomes the writer, the sessions of the former one are ended by that copy, or by their relay.
 
 What this process does not know of, because it was started since, only PostgreSQL can end.
 """
@@ -12,6 +12,7 @@ What this process does not know of, because it was started since, only PostgreSQ
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ import structlog
 from boreal.types import InstanceName
 from control_plane.endpoints.choice import Route
 from control_plane.endpoints.hangups import Hangups
+from control_plane.endpoints.relay import Relay
 
 _log = structlog.get_logger(__name__)
 
@@ -28,15 +30,17 @@ _log = structlog.get_logger(__name__)
 class _Session:
     """One of them."""
 
-    client: socket.socket
-    carrier: socket.socket
     instance: InstanceName
     of_writer: bool
     """The instance was the writer at some time of the session."""
+    end: Callable[[], None]
+    """Hangs up on the client."""
+    release: Callable[[], None]
+    """Lets go of what this process has of it."""
 
 
 class Sessions:
-    """Those whose end has not been seen yet; `most` of them at most, the others are not kept."""
+    """Those whose end has not been seen yet; `most` of them at most."""
 
     def __init__(self, hangups: Hangups, most: int) -> None:
         self._hangups = hangups
@@ -46,13 +50,38 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    @property
+    def full(self) -> bool:
+        """Whether there are as many as may be. What is handed over then is not kept; what would be
+        relayed must be refused.
+        """
+        return len(self._sessions) >= self._most
+
     def keep(self, client: socket.socket, carrier: socket.socket, route: Route) -> None:
         """A connection was taken by the instance of `route`. Copies both sockets."""
-        if len(self._sessions) >= self._most:
+        if self.full:
             return
-        session = _Session(client.dup(), carrier.dup(), route.instance, route.writer)
+        copy, line = client.dup(), carrier.dup()
+
+        def end() -> None:
+            with suppress(OSError):  # the client was first
+                copy.shutdown(socket.SHUT_RDWR)
+
+        def release() -> None:
+            self._hangups.forget(line)
+            line.close()
+            copy.close()
+
+        session = _Session(route.instance, route.writer, end, release)
         self._sessions.add(session)
-        self._hangups.watch(session.carrier, lambda: self._drop(session))
+        self._hangups.watch(line, lambda: self._drop(session))
+
+    def relayed(self, route: Route) -> Relay:
+        """A new relay to the instance of `route`, kept until it ends."""
+        relay = Relay(lambda: self._sessions.discard(session))
+        session = _Session(route.instance, route.writer, relay.end, relay.end)
+        self._sessions.add(session)
+        return relay
 
     def writer_is(self, writer: InstanceName) -> None:
         """End the sessions of every former writer."""
@@ -63,19 +92,16 @@ class Sessions:
             elif session.of_writer:
                 deposed.append(session)
         for session in deposed:
-            with suppress(OSError):  # the client was first
-                session.client.shutdown(socket.SHUT_RDWR)
+            session.end()
             self._drop(session)
         if deposed:
             _log.info("sessions of a former writer were ended", writer=writer, count=len(deposed))
 
     def close(self) -> None:
-        """Keep none any more. They go on."""
+        """Keep none any more. What was handed over goes on; what is relayed ends here."""
         for session in tuple(self._sessions):
             self._drop(session)
 
     def _drop(self, session: _Session) -> None:
         self._sessions.discard(session)
-        self._hangups.forget(session.carrier)
-        session.carrier.close()
-        session.client.close()
+        session.release()

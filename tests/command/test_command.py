@@ -64,7 +64,7 @@ def test_dsn_loads_nothing_heavy(config: cluster.ClusterConfig) -> None:
 
 VERBS = [
     *("up", "down", "status", "events", "verify", "psql", "dsn", "logs", "kill", "pause", "resume"),
-    *("restart", "add-reader", "remove-reader", "failover"),
+    *("restart", "add-reader", "remove-reader", "failover", "wait"),
 ]
 
 
@@ -224,7 +224,8 @@ def test_status_without_a_control_plane_says_so(
     assert "control plane does not answer" in text
     found = json.loads(boreal(config.data_dir, "status", "--json").output)
     assert found["control"] == {
-        "name": "control", "process": "stopped", "pid": None, "answers": False
+        "name": "control", "process": "stopped", "pid": None,
+        "address": config.control_address, "answers": False,
     }  # fmt: skip
     assert found["storage"][0]["process"] == "running"
     assert found["storage"][0]["pid"] == processes.status("sn-1").pid
