@@ -16,7 +16,7 @@ if [ ! -x "$boreal" ]; then
 fi
 directory=$1
 shift
-names=(localhost 127.0.0.1 ::1)
+names=()
 for service in boreal-writer boreal-reader; do
   names+=("$service" "$service.boreal" "$service.boreal.svc" "$service.boreal.svc.cluster.local")
 done

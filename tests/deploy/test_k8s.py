@@ -228,6 +228,7 @@ def _health_options(
     with boreal.make_context(program, [verb, *words]) as above:
         _name, found, rest = boreal.resolve_command(above, [verb, *words])
         assert found is not None
+        assert above.params["tls_dir"] == here / "etc/boreal/tls"
         return dict(found.make_context(verb, rest, parent=above).params)
 
 
