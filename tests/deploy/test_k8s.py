@@ -14,7 +14,6 @@ import importlib
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from tests.deploy.manifests import (
     matches,
     render,
 )
+from tests.deploy.pods_in_docker import make_secrets
 
 VERSIONS = ("1.35", "1.37")
 """The oldest Kubernetes we run on, and the newest whose schemas we have."""
@@ -348,15 +348,9 @@ def test_secrets_are_what_the_overlay_takes(tmp_path: Path, kind_overlay: Path) 
     shutil.copytree(kind_overlay.parents[1], copied, ignore=shutil.ignore_patterns("secrets"))
     overlay = copied / "overlays" / "kind"
     made = overlay / "secrets"
-    boreal_program = Path(sys.executable).with_name("boreal")
 
     def make() -> dict[Path, bytes]:
-        subprocess.run(
-            [DEPLOY / "k8s" / "secrets.sh", made, "db.example.org"],
-            env={**os.environ, "BOREAL": str(boreal_program)},
-            check=True,
-            timeout=60,
-        )
+        make_secrets(made, "db.example.org")
         return {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
 
     first = make()
