@@ -198,7 +198,7 @@ class ComposedCluster:
 @contextmanager
 def composed_cluster() -> Iterator[ComposedCluster]:
     """A running one; gone without a trace afterwards, its image and its layers included."""
-    before = _nameless_images()
+    before = nameless_images()
     with tempfile.TemporaryDirectory(prefix="boreal-secrets-") as secrets:
         cluster = ComposedCluster(Path(secrets))
         try:
@@ -208,9 +208,10 @@ def composed_cluster() -> Iterator[ComposedCluster]:
             print(cluster.logs())
             cluster.down()
             docker("rmi", cluster.image, check=False)
-            for image in _nameless_images() - before:  # the stage in which it was built
+            for image in nameless_images() - before:  # the stage in which it was built
                 docker("rmi", image, check=False)
 
 
-def _nameless_images() -> set[str]:
+def nameless_images() -> set[str]:
+    """Those no tag leads to: stages of builds."""
     return set(docker("images", "--quiet", "--filter=dangling=true").split())
