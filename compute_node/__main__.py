@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from pathlib import Path
 
 import click
+import structlog
 import uvloop
 
 from boreal import logs
 from boreal.engine import find_engine
+from boreal.errors import BorealError
+from boreal.metrics import served
 from boreal.rpc import compute_pb2_grpc
 from boreal.rpc.edge import make_server
 from boreal.types import InstanceName
 from compute_node import shim
 from compute_node.agent import Agent
 from compute_node.config import ComputeConfig
+from compute_node.metrics import agent_metrics, local_metrics
 from compute_node.service import ComputeService
+
+_log = structlog.get_logger(__name__)
 
 
 async def serve(config: ComputeConfig) -> None:
@@ -33,8 +40,16 @@ async def serve(config: ComputeConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, agent.request_stop)
+    metrics = served(
+        config.host,
+        config.metrics_port,
+        lambda: agent_metrics(config, agent),
+        about={"component": "compute", "name": config.name},
+        aside=lambda: local_metrics(config),
+    )
     try:
-        await agent.run()
+        async with metrics:
+            await agent.run()
     finally:
         await server.stop(grace=1)
 
@@ -46,6 +61,7 @@ async def serve(config: ComputeConfig) -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", required=True, type=int, help="Of this agent's gRPC service.")
 @click.option("--postgres-port", required=True, type=int)
+@click.option("--metrics-port", type=click.IntRange(1, 65535), help="HTTP: Prometheus metrics.")
 @click.option(
     "--tier",
     type=click.IntRange(0, 15),
@@ -74,6 +90,7 @@ def main(
     host: str,
     port: int,
     postgres_port: int,
+    metrics_port: int | None,
     tier: int,
     password_file: Path,
     engine_dir: Path | None,
@@ -91,12 +108,17 @@ def main(
         control=control,
         port=port,
         postgres_port=postgres_port,
+        metrics_port=metrics_port,
         tier=tier,
         master_password=password_file.read_text().strip(),
         cache_bytes=cache_size,
         settings=tuple((key, value) for key, _, value in pairs),
     )
-    uvloop.run(serve(config))
+    try:
+        uvloop.run(serve(config))
+    except BorealError as error:
+        _log.error("compute node cannot run", code=error.code, why=error.message)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

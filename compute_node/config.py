@@ -38,6 +38,8 @@ class ComputeConfig:
     """Soft bound on the relation files in PGDATA (`compute_node.cache`); 0: none."""
     settings: tuple[tuple[str, str], ...] = ()
     """Further postgresql.conf settings."""
+    metrics_port: int | None = None
+    """HTTP: the agent's metrics; None: they are not served."""
 
     @property
     def pgdata(self) -> Path:

@@ -16,13 +16,16 @@ import structlog
 import uvloop
 
 from boreal import logs
+from boreal.cluster import CONTROL
 from boreal.errors import BadUsage, BorealError
+from boreal.metrics import served
 from boreal.processes import LocalProcesses
 from boreal.rpc import control_pb2_grpc
 from boreal.rpc.edge import make_server
 from boreal.types import VolumeId
 from control_plane.coordinator import Coordinator
 from control_plane.launcher import ClusterNames, Launcher
+from control_plane.metrics import ClusterMetrics
 from control_plane.presence import AttentiveClock
 from control_plane.pulse import Pulse
 from control_plane.service import ControlService
@@ -42,6 +45,8 @@ class ControlConfig:
     port: int
     launch: Path | None
     """The local cluster whose dead processes are brought back; None: nobody's."""
+    metrics_port: int | None = None
+    """HTTP: metrics; None: they are not served."""
 
 
 def parse(arguments: Sequence[str]) -> ControlConfig:
@@ -50,6 +55,7 @@ def parse(arguments: Sequence[str]) -> ControlConfig:
     parser.add_argument("--data-dir", type=Path, required=True, help="where the state is kept")
     parser.add_argument("--port", type=int, required=True, help="of the Control service")
     parser.add_argument("--host", default="127.0.0.1", help="to listen on (%(default)s)")
+    parser.add_argument("--metrics-port", type=int, help="HTTP: Prometheus metrics")
     parser.add_argument(
         "--launch",
         type=Path,
@@ -85,9 +91,17 @@ async def serve(config: ControlConfig) -> None:
             raise BadUsage(f"cannot listen on {address}: {error}") from error
         await server.start()
         _log.info("control plane serves", address=address)
-        async with asyncio.TaskGroup() as tasks:
+        launcher = _launcher(config.launch)
+        collected = ClusterMetrics(service.status, state, launcher)
+        metrics = served(
+            config.host,
+            config.metrics_port,
+            collected.collect,
+            about={"component": "control", "name": CONTROL},
+        )
+        async with metrics, asyncio.TaskGroup() as tasks:
             watching = tasks.create_task(service.keep_watch())
-            launching = tasks.create_task(_launch(config.launch))
+            launching = tasks.create_task(_launch(launcher))
             await stopping.wait()
             launching.cancel()
             watching.cancel()
@@ -97,10 +111,15 @@ async def serve(config: ControlConfig) -> None:
         state.close()
 
 
-async def _launch(cluster_dir: Path | None) -> None:
-    if cluster_dir is not None:
-        names = ClusterNames(cluster_dir)
-        await Launcher(LocalProcesses(cluster_dir), names, time.monotonic).run()
+def _launcher(cluster_dir: Path | None) -> Launcher | None:
+    if cluster_dir is None:
+        return None
+    return Launcher(LocalProcesses(cluster_dir), ClusterNames(cluster_dir), time.monotonic)
+
+
+async def _launch(launcher: Launcher | None) -> None:
+    if launcher is not None:
+        await launcher.run()
 
 
 def main() -> int:

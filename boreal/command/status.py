@@ -66,7 +66,11 @@ def to_json(found: Gathered) -> Json:
     vdl = _vdl(found)
     return {
         "data_dir": str(found.config.data_dir),
-        "control": {**_process(found.processes[CONTROL]), "answers": known},
+        "control": {
+            **_process(found.processes[CONTROL]),
+            **_metrics(found.config.control_metrics_port),
+            "answers": known,
+        },
         "endpoints": _endpoints(found),
         "volume": {
             "id": _volume_id(found) or None,
@@ -84,6 +88,10 @@ def _process(status: ProcessStatus) -> Json:
     return {"name": status.name, "process": status.state.value, "pid": status.pid}
 
 
+def _metrics(port: int) -> Json:
+    return {"metrics": f"{HOST}:{port}"}
+
+
 # --- endpoints -----------------------------------------------------------------------------------
 
 
@@ -94,6 +102,7 @@ def _endpoints(found: Gathered) -> Json:
     readers = [name for name in taking if found.instances[name].state == compute_pb2.READER]
     return {
         **_process(found.processes[ENDPOINTS]),
+        **_metrics(found.config.endpoints_metrics_port),
         "writer": {"address": f"{HOST}:{found.config.postgres_port}", "instances": writers},
         "reader": {
             "address": f"{HOST}:{found.config.reader_port}",
@@ -113,10 +122,12 @@ def _writer_at_work(found: Gathered) -> str | None:
 
 
 def _node(found: Gathered, name: str, vdl: int) -> Json:
-    zone = next(entry.zone for entry in found.config.storage if entry.name == name)
+    entry = next(entry for entry in found.config.storage if entry.name == name)
     row: Json = {
         **_process(found.processes[name]),
-        "zone": zone,
+        **_metrics(entry.metrics_port),
+        "pages_metrics": f"{HOST}:{entry.pages_metrics_port}",
+        "zone": entry.zone,
         "alive": None,
         "silent_ms": None,
         "promised_epoch": None,
@@ -184,6 +195,7 @@ def _instance(found: Gathered, entry: InstanceEntry, vdl: int) -> Json:
     status = found.instances.get(entry.name)
     return {
         **_process(found.processes[entry.name]),
+        **_metrics(entry.metrics_port),
         "tier": entry.tier,
         "address": f"{HOST}:{entry.postgres_port}",
         "postgres_port": entry.postgres_port,

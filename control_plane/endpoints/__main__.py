@@ -14,8 +14,11 @@ import structlog
 import uvloop
 
 from boreal import logs
+from boreal.cluster import ENDPOINTS
 from boreal.errors import BadUsage, BorealError
+from boreal.metrics import served
 from control_plane.endpoints.choice import Endpoint
+from control_plane.endpoints.metrics import endpoint_metrics
 from control_plane.endpoints.server import Endpoints, Limits, listen
 from control_plane.endpoints.watch import watch
 
@@ -25,7 +28,13 @@ _DESCRIPTORS = 20_000
 _log = structlog.get_logger(__name__)
 
 
-async def serve(control: str, host: str, ports: dict[Endpoint, int], limits: Limits) -> None:
+async def serve(
+    control: str,
+    host: str,
+    ports: dict[Endpoint, int],
+    limits: Limits,
+    metrics_port: int | None,
+) -> None:
     """Serve until SIGTERM or SIGINT."""
     loop = asyncio.get_running_loop()
     with ExitStack() as opened:
@@ -36,7 +45,13 @@ async def serve(control: str, host: str, ports: dict[Endpoint, int], limits: Lim
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, endpoints.stop)
         _log.info("endpoints serve", host=host, **{role.value: ports[role] for role in Endpoint})
-        async with asyncio.TaskGroup() as tasks:
+        metrics = served(
+            host,
+            metrics_port,
+            lambda: endpoint_metrics(endpoints),
+            about={"component": "endpoints", "name": ENDPOINTS},
+        )
+        async with metrics, asyncio.TaskGroup() as tasks:
             watching = tasks.create_task(watch(control, endpoints.take_over))
             await endpoints.run(listeners)
             watching.cancel()
@@ -65,6 +80,7 @@ _PORT = click.IntRange(1, 65535)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
 @click.option("--writer-port", required=True, type=_PORT, help="Leads to the writer.")
 @click.option("--reader-port", required=True, type=_PORT, help="Leads to each reader in turn.")
+@click.option("--metrics-port", type=_PORT, help="HTTP: Prometheus metrics.")
 @click.option(
     "--patience",
     default=Limits().patience_s,
@@ -85,6 +101,7 @@ def main(
     host: str,
     writer_port: int,
     reader_port: int,
+    metrics_port: int | None,
     patience: float,
     max_waiting: int,
 ) -> None:
@@ -94,7 +111,7 @@ def main(
     ports = {Endpoint.WRITER: writer_port, Endpoint.READER: reader_port}
     limits = Limits(patience_s=patience, connections=max_waiting)
     try:
-        uvloop.run(serve(control, host, ports, limits))
+        uvloop.run(serve(control, host, ports, limits, metrics_port))
     except BorealError as error:
         _log.error("endpoints cannot run", code=error.code, why=error.message)
         sys.exit(1)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 
 import structlog
 
+from boreal.histogram import Durations
 from control_plane.endpoints.cancel import copy_to_all
 from control_plane.endpoints.choice import Endpoint, Route
 from control_plane.endpoints.directory import Directory
@@ -48,6 +51,28 @@ class Limits:
     """Of which a copy is kept, to end them when their writer is deposed."""
 
 
+class Fate(Enum):
+    """What became of a connection."""
+
+    SERVED = "served"
+    """An instance has it."""
+    CANCEL = "cancel"
+    """It was a cancel request, and was passed on."""
+    REFUSED = "refused"
+    """It was told why it gets no session."""
+    GONE = "gone"
+    """It hung up, broke, or said nothing in time."""
+
+
+@dataclass(slots=True)
+class EndpointCounts:
+    """What one endpoint did since the process began."""
+
+    fates: Counter[Fate] = field(default_factory=Counter)
+    served_after: Durations = field(default_factory=Durations)
+    """From a connection's arrival until an instance had it, its greeting included."""
+
+
 @dataclass(slots=True)
 class _Waiting:
     """The connections of one endpoint that wait for an instance."""
@@ -66,10 +91,27 @@ class Endpoints:
         self._hangups = Hangups()
         self._sessions = Sessions(self._hangups, limits.sessions)
         self._waiting = {endpoint: _Waiting() for endpoint in Endpoint}
+        self.counts = {endpoint: EndpointCounts() for endpoint in Endpoint}
+        """To read only."""
         self._connections = 0
         self._full = False
         self._greeting: set[Visitor] = set()
         self._stopping = asyncio.Event()
+
+    @property
+    def waiting(self) -> Mapping[Endpoint, int]:
+        """Connections that wait for an instance."""
+        return {endpoint: waiting.now for endpoint, waiting in self._waiting.items()}
+
+    @property
+    def sessions(self) -> int:
+        """Connections that instances have, as far as their end would be noticed here."""
+        return len(self._sessions)
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """Where connections are led now."""
+        return self._directory.routes
 
     def take_over(self, routes: tuple[Route, ...]) -> None:
         """Serve by a new routing from now on."""
@@ -115,14 +157,16 @@ class Endpoints:
 
     async def _visit(self, visitor: Visitor) -> None:
         """All that happens to one connection until it is PostgreSQL's, or nobody's."""
+        arrived, fate = asyncio.get_running_loop().time(), Fate.GONE
         self._connections += 1
         self._directory.interested.add(visitor.news)
         self._hangups.watch(visitor.client, visitor.hung_up)
         try:
             if self._has_room():
-                await self._serve(visitor)
+                fate = await self._serve(visitor)
             else:
                 visitor.refuse(*_TOO_MANY)
+                fate = Fate.REFUSED
         except OSError as error:  # the client's side of it broke
             _log.debug("a connection broke", why=str(error))
         finally:
@@ -130,6 +174,13 @@ class Endpoints:
             visitor.client.close()
             self._directory.interested.discard(visitor.news)
             self._connections -= 1
+            self._count(visitor.endpoint, fate, arrived)
+
+    def _count(self, endpoint: Endpoint, fate: Fate, arrived: float) -> None:
+        counts = self.counts[endpoint]
+        counts.fates[fate] += 1
+        if fate is Fate.SERVED:
+            counts.served_after.observe(asyncio.get_running_loop().time() - arrived)
 
     def _has_room(self) -> bool:
         full = self._connections > self._limits.connections
@@ -138,7 +189,7 @@ class Endpoints:
         self._full = full
         return not full
 
-    async def _serve(self, visitor: Visitor) -> None:
+    async def _serve(self, visitor: Visitor) -> Fate:
         self._greeting.add(visitor)
         try:
             until = asyncio.get_running_loop().time() + self._limits.greeting_s
@@ -148,12 +199,13 @@ class Endpoints:
         match greeting:
             case Greeting.CANCEL:
                 await copy_to_all(visitor.take(CANCEL_BYTES), self._directory.known)
+                return Fate.CANCEL
             case Greeting.SESSION | Greeting.ENCRYPTION:  # asked once too often: PostgreSQL's case
-                await self._hand_over(visitor)
+                return await self._hand_over(visitor)
             case None:
-                return
+                return Fate.GONE
 
-    async def _hand_over(self, visitor: Visitor) -> None:
+    async def _hand_over(self, visitor: Visitor) -> Fate:
         """Give the connection to an instance, or refuse it when there was none for too long."""
         loop = asyncio.get_running_loop()
         until = loop.time() + self._limits.patience_s
@@ -161,19 +213,21 @@ class Endpoints:
             waiting = False
             while not visitor.gone:
                 if self._stopping.is_set():
-                    return visitor.refuse(*_ENDS)
+                    visitor.refuse(*_ENDS)
+                    return Fate.REFUSED
                 route = self._directory.choose(visitor.endpoint)
                 if route is not None:
                     if await self._offered(visitor, route):
-                        return None
+                        return Fate.SERVED
                     continue
                 if loop.time() >= until:
-                    return visitor.refuse(*_NOBODY[visitor.endpoint])
+                    visitor.refuse(*_NOBODY[visitor.endpoint])
+                    return Fate.REFUSED
                 if not waiting:
                     waits.enter_context(self._counted(visitor.endpoint))
                     waiting = True
                 await visitor.wait(min(until, self._directory.next_rested() or until))
-        return None
+        return Fate.GONE
 
     async def _offered(self, visitor: Visitor, route: Route) -> bool:
         """Offer the connection to one instance; whether it was taken."""
