@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from boreal.errors import BadUsage
 from boreal.files import write_atomic
@@ -35,6 +36,8 @@ MAX_INSTANCES = 16
 DEFAULT_TIER = 1
 LAST_TIER = 15
 
+_Entry = TypeVar("_Entry", "StorageEntry", "InstanceEntry")
+
 _LOWEST_PORT = 10_000
 _HIGHEST_PORT = 65_535
 _EPHEMERAL_DEFAULT = 32_768
@@ -42,7 +45,7 @@ _EPHEMERAL_DEFAULT = 32_768
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageEntry:
-    """One storage node: its name, its zone and its four ports."""
+    """One storage node: its name, its zone and its ports."""
 
     name: NodeName
     zone: str
@@ -50,11 +53,13 @@ class StorageEntry:
     frames_port: int
     pages_port: int
     page_frames_port: int
+    metrics_port: int
+    pages_metrics_port: int
 
     @property
     def ports(self) -> tuple[int, ...]:
         """All it listens on."""
-        return (self.log_port, self.frames_port, self.pages_port, self.page_frames_port)
+        return _ports_of(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +72,12 @@ class InstanceEntry:
     agent_port: int
     postgres_port: int
     """Where this very instance serves SQL, whatever its role."""
+    metrics_port: int
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """All it listens on."""
+        return _ports_of(self)
 
     @property
     def agent_address(self) -> str:
@@ -87,6 +98,8 @@ class ClusterConfig:
     reader_port: int
     """The reader endpoint's."""
     control_port: int
+    control_metrics_port: int
+    endpoints_metrics_port: int
     storage: tuple[StorageEntry, ...]
     compute: tuple[InstanceEntry, ...]
     master_password: str
@@ -163,12 +176,26 @@ class ClusterConfig:
         storage = (entry.name for entry in self.storage)
         return (CONTROL, ENDPOINTS, *storage, *self.instance_names)
 
+    @property
+    def metrics_ports(self) -> dict[str, int]:
+        """Where each process serves its metrics; the page process of sn-1 is named sn-1/pages."""
+        return {
+            CONTROL: self.control_metrics_port,
+            ENDPOINTS: self.endpoints_metrics_port,
+            **{node.name: node.metrics_port for node in self.storage},
+            **{f"{node.name}/pages": node.pages_metrics_port for node in self.storage},
+            **{entry.name: entry.metrics_port for entry in self.compute},
+        }
+
     def save(self) -> None:
         """Write cluster.json and the password file, atomically, for the owner's eyes only."""
         content = asdict(self)
         del content["data_dir"]  # it is where the file is
         write_atomic(self.data_dir / "cluster.json", json.dumps(content, indent=2) + "\n")
         write_atomic(self.password_file, self.master_password + "\n")
+        # No secret, and Prometheus is another user.
+        targets = json.dumps(prometheus_targets(self), indent=2) + "\n"
+        write_atomic(self.data_dir / "prometheus-targets.json", targets, mode=0o644)
 
 
 def load(data_dir: Path) -> ClusterConfig:
@@ -204,25 +231,27 @@ def create(data_dir: Path, *, postgres_port: int, reader_port: int | None = None
     Without a `reader_port` it is the one after `postgres_port`, or any where that one is taken.
     """
     reader_port = reader_port or reader_port_for(postgres_port)
-    ports = free_ports(1 + 4 * len(ZONES), avoid=(postgres_port, reader_port))
+    ports = iter(free_ports(3 + 6 * len(ZONES), avoid=(postgres_port, reader_port)))
     storage = tuple(
         StorageEntry(
             name=NodeName(name),
             zone=zone,
-            log_port=log_port,
-            frames_port=frames_port,
-            pages_port=pages_port,
-            page_frames_port=page_frames_port,
+            log_port=next(ports),
+            frames_port=next(ports),
+            pages_port=next(ports),
+            page_frames_port=next(ports),
+            metrics_port=next(ports),
+            pages_metrics_port=next(ports),
         )
-        for (name, zone), log_port, frames_port, pages_port, page_frames_port in zip(
-            ZONES.items(), ports[1::4], ports[2::4], ports[3::4], ports[4::4], strict=True
-        )
+        for name, zone in ZONES.items()
     )
     config = ClusterConfig(
         data_dir=data_dir,
         postgres_port=postgres_port,
         reader_port=reader_port,
-        control_port=ports[0],
+        control_port=next(ports),
+        control_metrics_port=next(ports),
+        endpoints_metrics_port=next(ports),
         storage=storage,
         compute=(),
         master_password=secrets.token_urlsafe(18),
@@ -250,9 +279,13 @@ def with_instance(config: ClusterConfig, tier: int = DEFAULT_TIER) -> ClusterCon
             f"a cluster has at most {MAX_INSTANCES} instances, a writer and "
             f"{MAX_INSTANCES - 1} readers; `boreal remove-reader` makes room"
         )
-    agent_port, postgres_port = free_ports(2, avoid=_all_ports(config))
+    agent_port, postgres_port, metrics_port = free_ports(3, avoid=_all_ports(config))
     entry = InstanceEntry(
-        name=free[0], tier=tier, agent_port=agent_port, postgres_port=postgres_port
+        name=free[0],
+        tier=tier,
+        agent_port=agent_port,
+        postgres_port=postgres_port,
+        metrics_port=metrics_port,
     )
     compute = sorted((*config.compute, entry), key=lambda each: names.index(each.name))
     return replace(config, compute=tuple(compute))
@@ -274,12 +307,22 @@ def without_instance(config: ClusterConfig, name: str) -> ClusterConfig:
 # --- ports ---------------------------------------------------------------------------------------
 
 
+def _ports_of(entry: StorageEntry | InstanceEntry) -> tuple[int, ...]:
+    return tuple(getattr(entry, name) for name in _port_names(entry))
+
+
+def _port_names(entry: StorageEntry | InstanceEntry) -> list[str]:
+    return [field.name for field in fields(entry) if field.name.endswith("_port")]
+
+
 def internal_ports(config: ClusterConfig) -> tuple[int, ...]:
     """Every port but the endpoints': those a user need not know."""
     return (
         config.control_port,
-        *(port for entry in config.storage for port in entry.ports),
-        *(port for entry in config.compute for port in (entry.agent_port, entry.postgres_port)),
+        config.control_metrics_port,
+        config.endpoints_metrics_port,
+        *(port for node in config.storage for port in node.ports),
+        *(port for instance in config.compute for port in instance.ports),
     )
 
 
@@ -299,22 +342,19 @@ def with_free_ports(config: ClusterConfig) -> tuple[ClusterConfig, dict[int, int
     def now(port: int) -> int:
         return moved.get(port, port)
 
-    storage = tuple(
-        replace(
-            entry,
-            log_port=now(entry.log_port),
-            frames_port=now(entry.frames_port),
-            pages_port=now(entry.pages_port),
-            page_frames_port=now(entry.page_frames_port),
-        )
-        for entry in config.storage
+    def settled(entry: _Entry) -> _Entry:
+        ports: Any = {name: now(getattr(entry, name)) for name in _port_names(entry)}
+        return replace(entry, **ports)
+
+    config = replace(
+        config,
+        control_port=now(config.control_port),
+        control_metrics_port=now(config.control_metrics_port),
+        endpoints_metrics_port=now(config.endpoints_metrics_port),
+        storage=tuple(map(settled, config.storage)),
+        compute=tuple(map(settled, config.compute)),
     )
-    compute = tuple(
-        replace(entry, agent_port=now(entry.agent_port), postgres_port=now(entry.postgres_port))
-        for entry in config.compute
-    )
-    control_port = now(config.control_port)
-    return replace(config, control_port=control_port, storage=storage, compute=compute), moved
+    return config, moved
 
 
 def is_free(port: int) -> bool:
@@ -360,6 +400,33 @@ def _ephemeral_start() -> int:
     except FileNotFoundError:
         return _EPHEMERAL_DEFAULT
     return int(text.split()[0])
+
+
+# --- metrics -------------------------------------------------------------------------------------
+
+
+def prometheus_targets(config: ClusterConfig) -> list[dict[str, Any]]:
+    """Where every process serves its metrics, as Prometheus reads it (file_sd_config).
+
+    `instance` is the process's name: a better one than its address, which may change. The page
+    process of a storage node is a component of its own, under the node's name.
+    """
+
+    def target(port: int, instance: str, component: str, **labels: str) -> dict[str, Any]:
+        known = {"instance": instance, "component": component, **labels}
+        return {"targets": [f"{HOST}:{port}"], "labels": known}
+
+    groups = [
+        target(config.control_metrics_port, CONTROL, "control"),
+        target(config.endpoints_metrics_port, ENDPOINTS, "endpoints"),
+    ]
+    for node in config.storage:
+        groups += [
+            target(node.metrics_port, node.name, "storage", zone=node.zone),
+            target(node.pages_metrics_port, node.name, "pages", zone=node.zone),
+        ]
+    groups += [target(entry.metrics_port, entry.name, "compute") for entry in config.compute]
+    return groups
 
 
 # --- the directory -------------------------------------------------------------------------------

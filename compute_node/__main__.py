@@ -15,6 +15,7 @@ from boreal import logs
 from boreal.cluster import ENVIRONMENT_PREFIX
 from boreal.engine import find_engine
 from boreal.errors import BorealError
+from boreal.metrics import served
 from boreal.rpc import compute_pb2_grpc
 from boreal.rpc.edge import listen, make_server
 from boreal.rpc.health import add_health
@@ -23,6 +24,7 @@ from boreal.types import InstanceName
 from compute_node import shim
 from compute_node.agent import Agent
 from compute_node.config import ComputeConfig
+from compute_node.metrics import agent_metrics, local_metrics
 from compute_node.service import ComputeService
 
 _log = structlog.get_logger(__name__)
@@ -42,8 +44,16 @@ async def serve(config: ComputeConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, agent.request_stop)
+    metrics = served(
+        config.host,
+        config.metrics_port,
+        lambda: agent_metrics(config, agent),
+        about={"component": "compute", "name": config.name},
+        aside=lambda: local_metrics(config),
+    )
     try:
-        await agent.run()
+        async with metrics:
+            await agent.run()
     finally:
         await server.stop(grace=1)
 
@@ -56,6 +66,7 @@ async def serve(config: ComputeConfig) -> None:
 @click.option("--advertise", metavar="HOST", help="How others reach this node.  [default: --host]")
 @click.option("--port", required=True, type=int, help="Of this agent's gRPC service.")
 @click.option("--postgres-port", required=True, type=int)
+@click.option("--metrics-port", type=click.IntRange(1, 65535), help="HTTP: Prometheus metrics.")
 @click.option(
     "--tier",
     type=click.IntRange(0, 15),
@@ -95,6 +106,7 @@ def main(
     advertise: str | None,
     port: int,
     postgres_port: int,
+    metrics_port: int | None,
     tier: int,
     password_file: Path,
     engine_dir: Path | None,
@@ -117,6 +129,7 @@ def main(
         control=control,
         port=port,
         postgres_port=postgres_port,
+        metrics_port=metrics_port,
         tier=tier,
         master_password=password_file.read_text().strip(),
         cache_bytes=cache_size,

@@ -60,7 +60,10 @@ class Agent:
         self._bundles = BundleChoice()
         self._members: Sequence[control_pb2.StorageNode] = ()
         self._instances: Sequence[control_pb2.InstanceStatus] = ()
-        self._told_at = time.monotonic()
+        self.told_at = time.monotonic()
+        """When the control plane answered last, monotonic. To read."""
+        self.lives = 0
+        """How often it began to serve; only ever grows."""
         self._stopping = asyncio.Event()
 
     @property
@@ -74,6 +77,16 @@ class Agent:
     def takes_clients(self) -> bool:
         """Whether clients are served here, in whichever role."""
         return self._instance is not None and self._instance.takes_clients
+
+    @property
+    def state(self) -> LifeState:
+        """The state of the present life."""
+        return self._life.state
+
+    @property
+    def instance(self) -> Instance | None:
+        """The instance, whatever its role; None between two lives."""
+        return self._instance
 
     @property
     def publisher(self) -> Publisher:
@@ -134,7 +147,7 @@ class Agent:
     ) -> None:
         """Take the answer to a heartbeat."""
         self._members, self._instances = answer.members, answer.instances
-        self._told_at = time.monotonic()
+        self.told_at = time.monotonic()
         if self._instance:
             await self._instance.set_members(answer.members)
             self._instance.writer_at(self._writer_address())
@@ -152,7 +165,7 @@ class Agent:
         file = ReplicaStatusFile(self._config.pgdata, self._engine)
         while True:
             if self._life.state in _SERVING:
-                age_s = time.monotonic() - self._told_at
+                age_s = time.monotonic() - self.told_at
                 try:
                     file.write(self._instances, self.status(), age_s=age_s)
                 except OSError as error:
@@ -220,6 +233,7 @@ class Agent:
         fleet = Fleet(order.volume, order.epoch)
         try:
             await fleet.set_members(self._members)
+            self.lives += 1
             instance = self._instance = Instance(
                 self._config,
                 self._engine,

@@ -41,6 +41,8 @@ class ComputeConfig:
     """Soft bound on the relation files in PGDATA (`compute_node.cache`); 0: none."""
     settings: tuple[tuple[str, str], ...] = ()
     """Further postgresql.conf settings."""
+    metrics_port: int | None = None
+    """HTTP: the agent's metrics; None: they are not served."""
     tls_dir: Path | None = None
     """Who this node is (boreal.rpc.identity), to clients too; None: unencrypted."""
     advertise: str | None = None

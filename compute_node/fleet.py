@@ -116,7 +116,7 @@ class Fleet:
         self.page_reads = ReadPath(limits.pages, clock)
         # Apart: a window's latency says nothing about a page's.
         self.window_reads = ReadPath(limits.windows, clock)
-        self._bulk = ReadPath(limits.bulk, clock)
+        self.bulk_reads = ReadPath(limits.bulk, clock)
         self._background: set[asyncio.Task[Any]] = set()
 
     # --- who is there ------------------------------------------------------------------------
@@ -228,7 +228,7 @@ class Fleet:
                 self._on, lsn=lsn, lineage_epoch=self._lineage_epoch, within_s=within_s
             )
 
-        return await self._read(self._bulk, "the list of relations", ask, node)
+        return await self._read(self.bulk_reads, "the list of relations", ask, node)
 
     async def read_log(self, start: Lsn, end: Lsn, *, node: NodeName | None = None) -> bytes:
         """Log bytes [start, end), at most MAX_READ_LOG_BYTES."""
@@ -241,7 +241,7 @@ class Fleet:
         def ask(client: StorageClient, within_s: float) -> Coroutine[Any, Any, bytes]:
             return client.read_log(self._on, start, end, within_s=within_s)
 
-        return await self._read(self._bulk, f"log from {format_lsn(start)}", ask, node)
+        return await self._read(self.bulk_reads, f"log from {format_lsn(start)}", ask, node)
 
     async def get_content(self, sha256: bytes) -> bytes:
         """One content of a bundle, checked against its hash."""
@@ -249,7 +249,7 @@ class Fleet:
         def ask(client: StorageClient, within_s: float) -> Coroutine[Any, Any, bytes]:
             return client.get_content(self._on, sha256, within_s=within_s)
 
-        return await self._read(self._bulk, f"content {sha256.hex()}", ask, None)
+        return await self._read(self.bulk_reads, f"content {sha256.hex()}", ask, None)
 
     # --- asking all --------------------------------------------------------------------------
 

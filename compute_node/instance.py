@@ -41,6 +41,7 @@ from compute_node.promotion import Spawn, promote
 from compute_node.reader import Reader
 from compute_node.restoring import restore
 from compute_node.shipper import storage_addresses
+from compute_node.statistics import Statistics
 from compute_node.writer import Writer
 
 _log = structlog.get_logger(__name__)
@@ -78,6 +79,10 @@ class Instance:
         self._fenced: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._parts: Parts | None = None
         self._writer_address: str | None = None
+        self.statistics = Statistics(self._postgres)
+        """What PostgreSQL counts of itself, if metrics are served."""
+        self.cache: BoundedCache | None = None
+        """What keeps its local pages within their bound, if they have one."""
         self.reader: Reader | None = None
         """Its duties as a reader, also while it restores; over once it is to write."""
         self.writer: Writer | None = None
@@ -99,6 +104,11 @@ class Instance:
     def pgdata(self) -> Path:
         """Its PostgreSQL's data directory."""
         return self._config.pgdata
+
+    @property
+    def pages(self) -> PageService | None:
+        """What answers its PostgreSQL's page shim; None while it restores."""
+        return self._parts.pages if self._parts else None
 
     @property
     def timeline(self) -> Timeline:
@@ -191,6 +201,8 @@ class Instance:
         self._life.become(LifeState.READER, "PostgreSQL is consistent")
         reader.consistent()
         spawn(self._postgres.watch_answers(), "answers")
+        if self._config.metrics_port is not None:
+            spawn(self.statistics.run(), "statistics")
         if self._config.cache_bytes:
             spawn(self._bound_cache(parts.pages), "cache")
         obeying = spawn(self._obey(parts, reader, reading, orders, spawn), "orders")
@@ -232,8 +244,8 @@ class Instance:
     async def _bound_cache(self, pages: PageService) -> None:
         config = self._config
         files = RelationFiles(config.pgdata)
-        bounded = BoundedCache(files, pages.losses, config.cache_bytes)
-        await keep_within(bounded, self._postgres, self._fleet, pages, self._life)
+        self.cache = BoundedCache(files, pages.losses, config.cache_bytes)
+        await keep_within(self.cache, self._postgres, self._fleet, pages, self._life)
 
     def _on_fenced(self, error: StaleEpoch) -> None:
         if not self._fenced.done():

@@ -69,7 +69,8 @@ class LogSource:
         self._looked_upto = durable
         self._reading = False
         """Whether this is a reader's: `poll` runs."""
-        self._followed = False
+        self.is_followed = False
+        """Whether a writer hands on its log. To read; `followed` tells."""
 
     # --- for the feed --------------------------------------------------------------------------
 
@@ -142,7 +143,7 @@ class LogSource:
 
     def followed(self, now: bool) -> None:
         """Whether the writer is being followed; storage is asked only while it is not."""
-        self._followed = now
+        self.is_followed = now
         if not now:
             self._look_now.set()
 
@@ -165,7 +166,7 @@ class LogSource:
         try:
             while True:
                 awaited = self._fleet.epoch > self.epoch
-                if awaited or not self._followed or self._look_now.is_set():
+                if awaited or not self.is_followed or self._look_now.is_set():
                     self._look_now.clear()
                     await self._look()
                 with suppress(TimeoutError):

@@ -36,8 +36,9 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
@@ -45,6 +46,7 @@ import structlog
 
 from boreal.engine import Account
 from boreal.errors import BadUsage, BorealError, Internal, MalformedRequest, NotWriter, StaleEpoch
+from boreal.histogram import Durations
 from boreal.types import BlockNumber, Epoch, Lsn, PageKey, RelationFork, format_lsn
 from compute_node.losses import Losses
 from compute_node.page_protocol import (
@@ -118,6 +120,17 @@ class Cuts:
         self._cuts = {fork: cut for fork, cut in self._cuts.items() if cut[1] > read_point}
 
 
+class PagePath(Enum):
+    """Where the pages of an answer came from."""
+
+    AHEAD = "ahead"
+    """They had been fetched ahead, or were being."""
+    STORAGE = "storage"
+    """A storage node was asked."""
+    CUT = "cut"
+    """They had been cut off: zeros, without asking anybody."""
+
+
 @dataclass(slots=True, kw_only=True)
 class PageCounters:
     """What the service did since it started."""
@@ -133,6 +146,10 @@ class PageCounters:
     busy_us: int = 0
     """Time spent on requests for pages, waiting included, summed."""
     slowest_us: int = 0
+    took: Mapping[PagePath, Durations] = field(
+        default_factory=lambda: {path: Durations() for path in PagePath}
+    )
+    """Time spent on each request for pages, by where they came from."""
 
 
 class PageService:
@@ -253,13 +270,14 @@ class PageService:
             self._record_cut(request)
             return answer(Outcome.DONE)
         started_ns = time.perf_counter_ns()
-        pages = await self._pages(request)
+        pages, path = await self._pages(request)
         took_us = (time.perf_counter_ns() - started_ns) // 1000
         counters = self.counters
         zeros = pages.count(None)
         counters.requests += 1
         counters.busy_us += took_us
         counters.slowest_us = max(counters.slowest_us, took_us)
+        counters.took[path].observe(took_us / 1e6)
         counters.zeros += zeros
         counters.pages += len(pages) - zeros
         return answer_pages(pages)
@@ -272,21 +290,23 @@ class PageService:
         self._cuts.record(request.key, lsn)
         self.counters.cuts += 1
 
-    async def _pages(self, request: ShimRequest) -> list[bytes | None]:
+    async def _pages(self, request: ShimRequest) -> tuple[list[bytes | None], PagePath]:
         """Pages from `request.key` on: as many as were asked for, or fewer, but one at least."""
         run = Run(*request.key, request.window)
         if not self._cuts.left(run):
-            return [None] * run.blocks
+            return [None] * run.blocks, PagePath.CUT
         if run.blocks > 1:  # a sequential reader: the next window while it consumes this one
             self._ahead.want(_ahead_of(run), request.lsn, request.losses)
         if pages := await self._ahead.take(run):
             self.counters.ahead += 1
+            path = PagePath.AHEAD
         else:
             pages = await self._asked_for(run, request.lsn)
+            path = PagePath.STORAGE
         left = self._cuts.left(run)  # now: it may have been cut while we waited
-        if left >= len(pages):
-            return pages
-        return [page if position < left else None for position, page in enumerate(pages)]
+        if left < len(pages):
+            pages = [page if position < left else None for position, page in enumerate(pages)]
+        return pages, path
 
     async def _asked_for(self, run: Run, lsn: Lsn) -> list[bytes | None]:
         """The run, or at least its first page: what is wrong with another is not its fault."""

@@ -33,6 +33,7 @@ from boreal.errors import (
     UnknownVolume,
     Unreachable,
 )
+from boreal.histogram import Durations
 from boreal.types import NodeName
 from compute_node.storage_client import StorageClient
 
@@ -205,6 +206,10 @@ class ReadPath:
         self._health: dict[NodeName, NodeHealth] = {}
         self._turn = 0
         self.hedges = HedgeBudget(patience.hedging) if patience.hedging else None
+        self.answers = Durations()
+        """How long nodes took to answer."""
+        self.failures = 0
+        """Attempts that a node failed; the next one was asked. Only ever grows."""
 
     async def read(
         self, clients: Mapping[NodeName, StorageClient], what: object, ask: Ask[_T]
@@ -259,12 +264,14 @@ class ReadPath:
         """It was answered well."""
         latency_s = self._clock() - asked_at
         self._note(name, lambda known: known.ended().answered(latency_s))
+        self.answers.observe(latency_s)
         if self.hedges:
             self.hedges.answered(latency_s)
 
     def failed(self, name: NodeName, error: BorealError) -> None:
         """The node did not do it, but another may."""
         self._note(name, lambda known: known.ended().failed(self._clock()))
+        self.failures += 1
         _log.warning("a node did not serve a read", node=name, why=f"{error.code}: {error}")
 
     def ended(self, name: NodeName) -> None:

@@ -50,6 +50,11 @@ class Reader:
         """How long the oldest log that was given to PostgreSQL waits to be replayed."""
         return self._lag.lag_us(time.monotonic())
 
+    @property
+    def follows(self) -> bool:
+        """Whether it gets the log live from the writer."""
+        return self._parts.source.is_followed
+
     def writer_at(self, address: str | None) -> None:
         """Where the writer's agent listens, as far as the control plane knows."""
         self._follower.writer_at(address)

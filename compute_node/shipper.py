@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from time import monotonic
 from typing import NoReturn
 
 import structlog
 
 from boreal.errors import Internal, StaleEpoch
+from boreal.histogram import Durations, Sizes
 from boreal.quorum import DurabilityTracker, Lineage
 from boreal.rpc import control_pb2
 from boreal.types import Lsn, NodeName, VolumeId
+from compute_node.shipping.durable import Durability
 from compute_node.shipping.link import (
     LinkReport,
     LinkState,
@@ -80,6 +83,7 @@ class Shipper:
         timing: LinkTiming = _DEFAULT_TIMING,
     ) -> None:
         self._on_vdl = on_vdl
+        self.window_bytes = window_bytes
         self._outbox = Outbox(
             volume=volume,
             lineage=lineage,
@@ -100,6 +104,7 @@ class Shipper:
         self._wave_began_at: float | None = None
         self._wave_took_s = 0.0
         """Until its quorum, smoothed."""
+        self._durability = Durability()
         self.set_members(members)
 
     async def run(self) -> NoReturn:
@@ -126,6 +131,7 @@ class Shipper:
         """
         outbox = self._outbox
         outbox.push(start, data)
+        self._durability.arrived(outbox.window.end, monotonic())
         if outbox.full:
             self._room.clear()
         self._begin_wave()
@@ -202,6 +208,16 @@ class Shipper:
         """Batches of log sent, over all nodes."""
         return sum(link.batches for link in self._links.values())
 
+    @property
+    def durability(self) -> Durations:
+        """How long log took from its arrival here until it was durable. To read only."""
+        return self._durability.took
+
+    @property
+    def batch_bytes(self) -> Sizes:
+        """Log in each append that was sent to a node. To read only."""
+        return self._outbox.batch_bytes
+
     def _start(self, link: StorageLink) -> None:
         if self._group is not None:
             task = self._group.create_task(self._keep(link), name=f"link {link.address.name}")
@@ -227,6 +243,7 @@ class Shipper:
             self._wave_took_s += (took_s - self._wave_took_s) / _SMOOTHING
             self._wave_began_at = None
         self._on_vdl(vdl)
+        self._durability.durable(vdl, monotonic())
         self._begin_wave()
         if self._outbox.roomy:
             self._room.set()

@@ -15,6 +15,7 @@ from boreal.types import Lsn, Timeline, format_lsn
 from compute_node.bundling import Bundling
 from compute_node.config import ADMIN, SHIPPER_NAME, SLOT, ComputeConfig
 from compute_node.floors import Floors
+from compute_node.lease import Lease
 from compute_node.life import LifeState
 from compute_node.parts import Parts
 from compute_node.publisher import Publisher
@@ -72,6 +73,16 @@ class Writer:
     def timeline(self) -> Timeline:
         """The timeline it writes."""
         return self._plan.lineage.timelines()[-1].timeline
+
+    @property
+    def lease(self) -> Lease:
+        """Under which its clients are served. To read."""
+        return self._parts.lease
+
+    @property
+    def pgmrpl(self) -> Lsn:
+        """Nobody will ask storage for anything below it; 0: not known yet."""
+        return self._floors.pgmrpl
 
     async def run(self) -> NoReturn:
         """Do all of it until cancelled. Raises StaleEpoch when a newer writer owns the volume."""

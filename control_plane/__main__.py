@@ -15,8 +15,9 @@ import structlog
 import uvloop
 
 from boreal import logs
-from boreal.cluster import ENVIRONMENT_PREFIX
+from boreal.cluster import CONTROL, ENVIRONMENT_PREFIX
 from boreal.errors import BorealError
+from boreal.metrics import served
 from boreal.processes import LocalProcesses
 from boreal.rpc import control_pb2_grpc
 from boreal.rpc.edge import listen, make_server
@@ -25,6 +26,7 @@ from boreal.rpc.options import identity_options, take_identity
 from boreal.types import VolumeId
 from control_plane.coordinator import Coordinator
 from control_plane.launcher import ClusterNames, Launcher
+from control_plane.metrics import ClusterMetrics
 from control_plane.presence import AttentiveClock
 from control_plane.pulse import Pulse
 from control_plane.service import ControlService
@@ -44,6 +46,8 @@ class ControlConfig:
     port: int
     launch: Path | None
     """The local cluster whose dead processes are brought back; None: nobody's."""
+    metrics_port: int | None = None
+    """HTTP: metrics; None: they are not served."""
 
 
 def new_volume_id() -> VolumeId:
@@ -70,9 +74,17 @@ async def serve(config: ControlConfig) -> None:
         listen(server, address)
         await server.start()
         _log.info("control plane serves", address=address)
-        async with asyncio.TaskGroup() as tasks:
+        launcher = _launcher(config.launch)
+        collected = ClusterMetrics(service.status, state, launcher)
+        metrics = served(
+            config.host,
+            config.metrics_port,
+            collected.collect,
+            about={"component": "control", "name": CONTROL},
+        )
+        async with metrics, asyncio.TaskGroup() as tasks:
             watching = tasks.create_task(service.keep_watch())
-            launching = tasks.create_task(_launch(config.launch))
+            launching = tasks.create_task(_launch(launcher))
             await stopping.wait()
             launching.cancel()
             watching.cancel()
@@ -82,10 +94,15 @@ async def serve(config: ControlConfig) -> None:
         state.close()
 
 
-async def _launch(cluster_dir: Path | None) -> None:
-    if cluster_dir is not None:
-        names = ClusterNames(cluster_dir)
-        await Launcher(LocalProcesses(cluster_dir), names, time.monotonic).run()
+def _launcher(cluster_dir: Path | None) -> Launcher | None:
+    if cluster_dir is None:
+        return None
+    return Launcher(LocalProcesses(cluster_dir), ClusterNames(cluster_dir), time.monotonic)
+
+
+async def _launch(launcher: Launcher | None) -> None:
+    if launcher is not None:
+        await launcher.run()
 
 
 @click.command(context_settings={"auto_envvar_prefix": ENVIRONMENT_PREFIX})
@@ -97,6 +114,7 @@ async def _launch(cluster_dir: Path | None) -> None:
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", required=True, type=click.IntRange(1, 65535), help="Of the service.")
+@click.option("--metrics-port", type=click.IntRange(1, 65535), help="HTTP: Prometheus metrics.")
 @click.option(
     "--launch",
     type=click.Path(path_type=Path, file_okay=False),
@@ -108,6 +126,7 @@ def main(
     data_dir: Path,
     host: str,
     port: int,
+    metrics_port: int | None,
     launch: Path | None,
     tls_dir: Path | None,
     insecure: bool,
@@ -116,7 +135,10 @@ def main(
     logs.configure("control")
     try:
         take_identity(tls_dir, insecure=insecure)
-        uvloop.run(serve(ControlConfig(data_dir=data_dir, host=host, port=port, launch=launch)))
+        config = ControlConfig(
+            data_dir=data_dir, host=host, port=port, launch=launch, metrics_port=metrics_port
+        )
+        uvloop.run(serve(config))
     except BorealError as error:
         _log.error("control plane cannot run", error=error.message)
         sys.exit(1)

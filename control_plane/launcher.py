@@ -9,6 +9,7 @@ look at one. `boreal restart` starts those.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,8 @@ class Launcher:
         self._clock = clock
         self._backoff = backoff or Backoff()
         self._watched: dict[str, _Watched] = {}
+        self.starts: Counter[str] = Counter()
+        """How often each process was started again; only ever grows."""
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -138,4 +141,5 @@ class Launcher:
         # A start that failed is a very short life.
         watched.started_at, watched.died_at, watched.starting = self._clock(), None, False
         if pid is not None:
+            self.starts[name] += 1
             _log.info("started again", name=name, pid=pid, short_lives=watched.short_lives)

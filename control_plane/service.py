@@ -147,6 +147,10 @@ class ControlService(control_pb2_grpc.ControlServicer):
         self, _request: control_pb2.GetClusterStatusRequest, _context: _Context
     ) -> control_pb2.ClusterStatus:
         """Everything known, as of now."""
+        return self.status()
+
+    def status(self) -> control_pb2.ClusterStatus:
+        """The same, for the process itself."""
         durable = self._coordinator.state.current
         volume = durable.volume or (durable.creation.volume if durable.creation else VolumeId(""))
         epoch = durable.writer.epoch if durable.writer else CREATION_EPOCH if volume else 0

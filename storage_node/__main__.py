@@ -18,6 +18,7 @@ import uvloop
 from boreal import logs
 from boreal.cluster import ENVIRONMENT_PREFIX
 from boreal.errors import BadUsage, BorealError
+from boreal.metrics import served
 from boreal.rpc import storage_pb2_grpc
 from boreal.rpc.edge import listen, make_server
 from boreal.rpc.health import add_health
@@ -29,6 +30,7 @@ from storage_node.config import RETAIN_LOG_BYTES, StorageConfig
 from storage_node.heartbeat import Heartbeat, Membership
 from storage_node.lane import append_lane
 from storage_node.log_service import BundlesService, StorageLogService
+from storage_node.metrics import log_metrics
 from storage_node.page_supervisor import PageProcess, PageSupervisor
 from storage_node.pressure import Pressure
 from storage_node.trim import LogTrimmer
@@ -81,7 +83,13 @@ async def serve(config: StorageConfig, start_pages: Callable[[], PageProcess]) -
         listen(server, f"{config.host}:{config.log_port}")
         await server.start()
         await lane.start(config.host, config.frames_port)
-        async with asyncio.TaskGroup() as tasks:
+        metrics = served(
+            config.host,
+            config.metrics_port,
+            lambda: log_metrics(config, volumes, pages),
+            about={"component": "storage", "name": config.name, "zone": config.zone},
+        )
+        async with metrics, asyncio.TaskGroup() as tasks:
             heartbeat = Heartbeat(config, volumes, membership, lambda: pages.running)
             work = (heartbeat, catch_up, pages, LogTrimmer(volumes))
             jobs = [tasks.create_task(job.run()) for job in work]
@@ -131,6 +139,12 @@ def run(config: StorageConfig, start_pages: Callable[[], PageProcess], *, insecu
     type=click.IntRange(1, 65535),
     help="Framed lane of page reads.",
 )
+@click.option("--metrics-port", type=click.IntRange(1, 65535), help="HTTP: Prometheus metrics.")
+@click.option(
+    "--pages-metrics-port",
+    type=click.IntRange(1, 65535),
+    help="HTTP: Prometheus metrics of the page process.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
 @click.option("--advertise", metavar="HOST", help="How others reach this node.  [default: --host]")
 @click.option(
@@ -157,6 +171,8 @@ def main(
     frames_port: int,
     pages_port: int,
     page_frames_port: int,
+    metrics_port: int | None,
+    pages_metrics_port: int | None,
     host: str,
     advertise: str | None,
     retain_log_mib: int,
@@ -178,6 +194,8 @@ def main(
         frames_port=frames_port,
         pages_port=pages_port,
         page_frames_port=page_frames_port,
+        metrics_port=metrics_port,
+        pages_metrics_port=pages_metrics_port,
         retain_log_bytes=retain_log_mib << 20,
         pressure=Pressure(soft_bytes=index_lag_mib << 20),
         tls_dir=tls_dir.absolute() if tls_dir else None,

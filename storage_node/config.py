@@ -75,6 +75,10 @@ class StorageConfig:
     """The framed lane of GetPages, served by the page process."""
     advertise: str | None = None
     """The host by which others reach this node; None: that it listens on."""
+    metrics_port: int | None = None
+    """HTTP: metrics of the log process; None: they are not served."""
+    pages_metrics_port: int | None = None
+    """HTTP: metrics of the page process; None: they are not served."""
     retain_log_bytes: int = RETAIN_LOG_BYTES
     """Log a volume keeps below the floor; more than that is turned into stored pages."""
     chain_records: int = CHAIN_RECORDS

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from time import monotonic
 
 import structlog
 
 from boreal.errors import CorruptData, CorruptWal, NotMaterializable, RedoFailed
+from boreal.histogram import Durations, Sizes
 from boreal.pages import visibility
 from boreal.types import (
     PAGE_BYTES,
@@ -114,6 +116,14 @@ class Materializer:
         """Calls of `pages`, by which readers come; the node's own work uses `page`. Grows."""
         self.longest_chain = 0
         """The most records that lay between a page asked for and its base. Set it back at will."""
+        self.stored = 0
+        """Pages asked for that took no more than their stored version. Grows, as `cached` does."""
+        self.cached = 0
+        """Times a page in memory spared some of the way from the base."""
+        self.chains = Sizes(0, 10)
+        """Records applied to make a page that was asked for."""
+        self.redone = Durations(first=5)
+        """What making such a page took."""
 
     def pages(
         self, view: IndexView, fork: RelationFork, blocks: Sequence[int], lsn: Lsn
@@ -126,7 +136,9 @@ class Materializer:
         pages: list[bytes | None] = []
         for block, version in zip(blocks, view.versions(fork, blocks, lsn), strict=True):
             page = version.intact() if version is not None and block < size else None
-            if page is None and block < size:  # not that simple, or damaged
+            if page is not None:
+                self.stored += 1
+            elif block < size:  # not that simple, or damaged
                 page = self.page(view, PageKey(fork, BlockNumber(block)), lsn)
             pages.append(page)
         self.reads += 1
@@ -141,8 +153,11 @@ class Materializer:
         size = view.size(page.relation, lsn)
         if size is None or page.block >= size:
             return None
+        began = monotonic()
         path = self.path(view, page, lsn)
         self.walk(path, path.length)
+        self.chains.observe(path.length)
+        self.redone.observe(monotonic() - began)
         return path.content
 
     def path(self, view: IndexView, page: PageKey, lsn: Lsn, *, cached: bool = True) -> Path:
@@ -187,6 +202,7 @@ class Materializer:
             known = self._cache.get((key, entry)) if cached else None
             if known is not None and known[1] <= lsn:
                 self._cache.move_to_end((key, entry))
+                self.cached += 1
                 return known[0], known[1], number + 1
             kind = kind_of(entry)
             if kind not in {Kind.BASE, Kind.UNKNOWN}:

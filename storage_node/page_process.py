@@ -14,19 +14,21 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import uvloop
 
 from boreal import logs
 from boreal.errors import Internal
+from boreal.metrics import served
 from boreal.rpc import storage_pb2_grpc
 from boreal.rpc.edge import listen, make_server
 from boreal.rpc.options import take_identity
 from boreal.types import NodeName
 from storage_node.config import StorageConfig
 from storage_node.page_lane import page_lane
+from storage_node.page_metrics import disk_metrics, page_metrics
 from storage_node.page_service import PageService
 from storage_node.page_volume import PageVolumes
 
@@ -85,7 +87,8 @@ def start(config: StorageConfig) -> PageProcess:
 
     Call it from the main thread: the kernel ties the child to the thread that made it.
     """
-    words = {name: str(getattr(config, name) or "") for name in config.__slots__}
+    settings = {name: getattr(config, name) for name in config.__slots__}
+    words = {name: str(value) for name, value in settings.items() if value is not None}
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "storage_node.page_process", json.dumps(words)],
         stdin=subprocess.PIPE,
@@ -106,9 +109,10 @@ def _parse(text: str) -> StorageConfig:
         frames_port=int(words["frames_port"]),
         pages_port=int(words["pages_port"]),
         page_frames_port=int(words["page_frames_port"]),
+        pages_metrics_port=int(port) if (port := words.get("pages_metrics_port")) else None,
         retain_log_bytes=int(words["retain_log_bytes"]),
         chain_records=int(words["chain_records"]),
-        tls_dir=Path(words["tls_dir"]) if words["tls_dir"] else None,
+        tls_dir=Path(path) if (path := words.get("tls_dir")) else None,
     )
 
 
@@ -127,13 +131,22 @@ async def serve(config: StorageConfig, wake_ups: int) -> None:
 
     loop.add_reader(wake_ups, hear)
     server = make_server()
-    async with asyncio.TaskGroup() as tasks:
+    async with AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
         volumes = PageVolumes(config, tasks)
         storage_pb2_grpc.add_StoragePagesServicer_to_server(PageService(volumes), server)
         listen(server, f"{config.host}:{config.pages_port}")
         await server.start()
         lane = page_lane(volumes, tasks)
         await lane.start(config.host, config.page_frames_port)
+        await stack.enter_async_context(
+            served(
+                config.host,
+                config.pages_metrics_port,
+                lambda: page_metrics(volumes),
+                about={"component": "pages", "name": config.name, "zone": config.zone},
+                aside=lambda: disk_metrics(config),
+            )
+        )
         listener = tasks.create_task(_wake(volumes, awake))
         await finished.wait()
         loop.remove_reader(wake_ups)

@@ -63,6 +63,8 @@ class PageSupervisor:
         self._start = start
         self._process: PageProcess | None = None
         self._notifying = False
+        self.starts = 0
+        """How often one was started; only ever grows."""
 
     @property
     def running(self) -> bool:
@@ -89,6 +91,7 @@ class PageSupervisor:
             while True:
                 started = clock()
                 self._process = process = self._start()
+                self.starts += 1
                 _log.info("page process started", pid=process.pid)
                 while (status := process.poll()) is None:
                     await asyncio.sleep(_POLL_SECONDS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from boreal.errors import (
     UnknownVolume,
     VolumeMismatch,
 )
+from boreal.histogram import Durations
 from boreal.types import Epoch, Lsn, RelationFork, VolumeId, format_lsn
 from storage_node.compaction import Compaction
 from storage_node.config import StorageConfig, VolumeLayout
@@ -86,6 +87,8 @@ class PageVolume:
         self.volume = volume
         self.importing = asyncio.Lock()
         """Held by the one import that runs."""
+        self.waits = Durations()
+        """How long readers waited for the index to get to their LSN."""
         self._layout = layout
         self._tasks = tasks
         self._retain_log_bytes = retain_log_bytes
@@ -154,7 +157,8 @@ class PageVolume:
         import.
         """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
+        began = loop.time()
+        deadline = began + timeout_s
         if self._materialization is None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
@@ -165,6 +169,7 @@ class PageVolume:
             # The log here is that lineage's, or one that took over all of it that was durable.
             made.ingest.told_durable(lsn)
         await made.ingest.wait_for(lsn, max(deadline - loop.time(), 0.0))
+        self.waits.observe(loop.time() - began)
 
     def pages(self, fork: RelationFork, blocks: Sequence[int], lsn: Lsn) -> list[bytes | None]:
         """Pages as of `lsn`, which `wait_for` has seen reached; None where there is no block."""
@@ -190,6 +195,11 @@ class PageVolume:
         """Why the index does not go on; empty in health."""
         made = self._materialization
         return "" if made is None or made.ingest.failure is None else made.ingest.failure.message
+
+    @property
+    def reads(self) -> Materializer | None:
+        """Who makes the pages and counts what it took; to read only. None before the import."""
+        return None if self._materialization is None else self._materialization.materializer
 
     @property
     def gauges(self) -> IndexGauges | None:
@@ -290,6 +300,10 @@ class PageVolumes:
         self._config = config
         self._tasks = tasks
         self._open: dict[VolumeId, PageVolume] = {}
+
+    def __iter__(self) -> Iterator[PageVolume]:
+        """Those that are open at this moment."""
+        return iter(list(self._open.values()))
 
     async def get(self, volume: str, epoch: Epoch) -> PageVolume:
         """The volume, opened if it is new here. UnknownVolume, StaleEpoch, CorruptData."""

@@ -26,6 +26,7 @@ from boreal.errors import (
     OversizeRequest,
 )
 from boreal.frames import MAX_APPEND_BYTES
+from boreal.histogram import Durations
 from boreal.quorum import Accepted, Lineage, SegmentState
 from boreal.types import (
     PAGE_BYTES,
@@ -152,6 +153,12 @@ class Segment:
         self._stranded_below = Lsn(0)
         self.appends = 0
         """How many of the writer's appends with data were taken; only ever grows."""
+        self.appended_bytes = 0
+        """Of log that became durable here, be it the writer's or a peer's; only ever grows."""
+        self.dropped_bytes = 0
+        """Of log that nobody needed any more; only ever grows."""
+        self.syncs = Durations(first=5)
+        """What the disk took to make log durable."""
         self.closed = False
         try:
             self.shared = SharedState(layout.shared)
@@ -238,12 +245,16 @@ class Segment:
 
     def flush(self) -> Lsn:
         """Make what is staged durable; return the SCL. DiskFull or OSError: none of it counts."""
+        began, before = self._clock(), self.state.scl
         try:
             self._log.sync()
         except OSError as error:
             self._staged = self.state
             raise disk_error(error) from error
         state = self.state = self._staged
+        if state.scl > before:
+            self.appended_bytes += state.scl - before
+            self.syncs.observe(self._clock() - began)
         self.shared.scl, self.shared.vdl = state.scl, state.vdl
         return state.scl
 
@@ -285,6 +296,7 @@ class Segment:
         start = wal_segment_start(min(self.shared.floor, self.shared.retired, self.state.vdl))
         if start <= self.state.start:
             return []
+        self.dropped_bytes += start - self.state.start
         self._make_durable(self.state.trim(start))
         self.reader.release_dropped()
         return self._log.forget_below(start)

@@ -50,7 +50,7 @@ def test_a_directory_may_be_moved(config: cluster.ClusterConfig, tmp_path: Path)
 
 def test_every_port_and_password_is_its_own(config: cluster.ClusterConfig) -> None:
     ports = cluster.internal_ports(config)
-    assert len(ports) == len(set(ports)) == 27
+    assert len(ports) == len(set(ports)) == 42
     ephemeral_from = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     assert max(ports) < max(ephemeral_from, 11_000)
     assert [(entry.name, entry.zone) for entry in config.storage] == list(cluster.ZONES.items())
@@ -97,7 +97,7 @@ def test_only_taken_ports_move(config: cluster.ClusterConfig, taken: int) -> Non
     assert list(moved) == [taken]
     assert fresh.storage[0] == replace(first, pages_port=moved[taken])
     assert replace(fresh, storage=config.storage) == config
-    assert len(set(cluster.internal_ports(fresh))) == 27
+    assert len(set(cluster.internal_ports(fresh))) == 42
 
 
 def test_an_instances_port_moves_only_if_taken(config: cluster.ClusterConfig, taken: int) -> None:
@@ -126,12 +126,27 @@ def test_readers_are_added_up_to_fifteen(config: cluster.ClusterConfig) -> None:
     full = cluster.with_readers(config, 15)
     assert full.instance_names == tuple(f"db-{n}" for n in range(1, 17))
     assert full.compute[0] == config.compute[0]
-    assert len(set(cluster.internal_ports(full))) == 27 + 2 * 15
+    assert len(set(cluster.internal_ports(full))) == 42 + 3 * 15
     assert cluster.with_readers(full, 3) == full
     with pytest.raises(BadUsage, match=r"at most 16 instances.*remove-reader"):
         cluster.with_instance(full)
     full.save()
     assert cluster.load(full.data_dir) == full
+
+
+def test_prometheus_is_told_of_every_process(config: cluster.ClusterConfig) -> None:
+    cluster.with_readers(config, 2).save()
+    path = config.data_dir / "prometheus-targets.json"
+    assert stat.S_IMODE(path.stat().st_mode) & 0o044  # it runs as another user
+    groups = json.loads(path.read_text())
+    who = [(each["labels"]["instance"], each["labels"]["component"]) for each in groups]
+    assert len(who) == len(set(who)) == 2 + 2 * 6 + 3
+    addresses = [address for each in groups for address in each["targets"]]
+    ports = {int(address.removeprefix(f"{cluster.HOST}:")) for address in addresses}
+    assert len(ports) == len(who)
+    assert {each["labels"].get("zone") for each in groups} == {None, "a", "b", "c"}
+    cluster.with_readers(config, 3).save()
+    assert len(json.loads(path.read_text())) == len(groups) + 1
 
 
 def test_a_freed_name_is_given_again(config: cluster.ClusterConfig) -> None:

@@ -69,13 +69,12 @@ def command_line(config: ClusterConfig, name: str) -> tuple[str, ...]:
 def ports_of(config: ClusterConfig, name: str) -> tuple[int, ...]:
     """What process `name` listens on."""
     if name == CONTROL:
-        return (config.control_port,)
+        return (config.control_port, config.control_metrics_port)
     if name == ENDPOINTS:
-        return (config.postgres_port, config.reader_port)
+        return (config.postgres_port, config.reader_port, config.endpoints_metrics_port)
     if name in storage_names():
         return _node(config, name).ports
-    instance = config.instance(name)
-    return (instance.agent_port, instance.postgres_port)
+    return config.instance(name).ports
 
 
 def _node(config: ClusterConfig, name: str) -> StorageEntry:
@@ -87,6 +86,7 @@ def _control_options(config: ClusterConfig) -> tuple[str, ...]:
         f"--data-dir={config.data_dir / CONTROL}",
         f"--host={HOST}",
         f"--port={config.control_port}",
+        f"--metrics-port={config.control_metrics_port}",
         f"--launch={config.data_dir}",
     )
 
@@ -97,6 +97,7 @@ def _endpoints_options(config: ClusterConfig) -> tuple[str, ...]:
         f"--host={HOST}",
         f"--writer-port={config.postgres_port}",
         f"--reader-port={config.reader_port}",
+        f"--metrics-port={config.endpoints_metrics_port}",
     )
 
 
@@ -111,6 +112,8 @@ def _storage_options(config: ClusterConfig, entry: StorageEntry) -> tuple[str, .
         f"--frames-port={entry.frames_port}",
         f"--pages-port={entry.pages_port}",
         f"--page-frames-port={entry.page_frames_port}",
+        f"--metrics-port={entry.metrics_port}",
+        f"--pages-metrics-port={entry.pages_metrics_port}",
         *((f"--retain-log-mib={config.retain_log_mib}",) if config.retain_log_mib else ()),
     )
 
@@ -124,6 +127,7 @@ def _compute_options(config: ClusterConfig, entry: InstanceEntry) -> tuple[str, 
         f"--host={HOST}",
         f"--port={entry.agent_port}",
         f"--postgres-port={entry.postgres_port}",
+        f"--metrics-port={entry.metrics_port}",
         f"--tier={entry.tier}",
         f"--password-file={config.password_file}",
         *((f"--cache-size={config.cache_bytes}",) if config.cache_bytes else ()),

@@ -54,6 +54,8 @@ class Gathered:
     """None: the control plane does not answer."""
     instances: Mapping[str, compute_pb2.ComputeStatus]
     """From the instances themselves, those that answer."""
+    metrics: Mapping[str, str]
+    """Where processes on this machine serve theirs, by name; see ClusterConfig.metrics_ports."""
 
 
 async def gather(place: Place) -> Gathered:
@@ -90,6 +92,7 @@ def _from_outside(place: Outside, cluster: control_pb2.ClusterStatus | None) -> 
         processes={},
         cluster=cluster,
         instances={each.status.instance: each.status for each in known.instances if each.alive},
+        metrics={},
     )
 
 
@@ -112,6 +115,7 @@ async def _from_here(config: ClusterConfig, remote: Remote) -> Gathered:
         processes=processes,
         cluster=await if_reachable(remote.cluster_status()) if answers(CONTROL) else None,
         instances=await remote.instances(list(filter(answers, config.instance_names))),
+        metrics={name: f"{HOST}:{port}" for name, port in config.metrics_ports.items()},
     )
 
 
@@ -146,9 +150,12 @@ def to_json(found: Gathered) -> Json:
 
 def _process(found: Gathered, name: str) -> Json:
     status = found.processes.get(name)
-    if status is None:
-        return {"name": name, "process": None, "pid": None}
-    return {"name": name, "process": status.state.value, "pid": status.pid}
+    return {
+        "name": name,
+        "process": status.state.value if status else None,
+        "pid": status.pid if status else None,
+        "metrics": found.metrics.get(name),
+    }
 
 
 # --- endpoints -----------------------------------------------------------------------------------
@@ -183,6 +190,7 @@ def _writer_at_work(found: Gathered) -> str | None:
 def _node(found: Gathered, name: str, vdl: int) -> Json:
     row: Json = {
         **_process(found, name),
+        "pages_metrics": found.metrics.get(f"{name}/pages"),
         "zone": found.nodes[name],
         "alive": None,
         "silent_ms": None,

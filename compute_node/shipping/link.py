@@ -23,6 +23,7 @@ from boreal.errors import (
     Unreachable,
 )
 from boreal.frames import FrameReader
+from boreal.histogram import Durations
 from boreal.rpc import edge, storage_pb2, storage_pb2_grpc
 from boreal.types import Lsn, NodeName, format_lsn
 from compute_node.shipping.latency import Latencies
@@ -98,6 +99,8 @@ class LinkReport:
     """Of the acks of the last seconds that made log durable; 0 without any."""
     shipped_bytes: int
     batches: int
+    acks: Durations
+    """What the acks that made log durable took, since the link began."""
 
 
 class _Lane(asyncio.Protocol):
@@ -166,6 +169,7 @@ class StorageLink:
         self.shipped_bytes = 0
         """Of log sent. Read only, as is `batches`."""
         self.batches = 0
+        self._acks = Durations()
 
     @property
     def report(self) -> LinkReport:
@@ -180,6 +184,7 @@ class StorageLink:
             ack_p99_us=p99_us,
             shipped_bytes=self.shipped_bytes,
             batches=self.batches,
+            acks=self._acks,
         )
 
     # --- the commit path -----------------------------------------------------------------------
@@ -216,6 +221,7 @@ class StorageLink:
         if batch.end > batch.start:
             self.shipped_bytes += batch.end - batch.start
             self.batches += 1
+            self._outbox.batch_bytes.observe(batch.end - batch.start)
 
     def _on_response(self, body: bytes) -> None:
         response = storage_pb2.AppendResponse.FromString(body)
@@ -235,6 +241,7 @@ class StorageLink:
         self._ack_latency_s += (latency_s - self._ack_latency_s) * _LATENCY_SMOOTHING
         if batch.end > batch.start:
             self._latencies.add(latency_s, now)
+            self._acks.observe(latency_s)
         self._under_way = None
         self._scl = scl
         self._backoff_s = self._timing.backoff_first_s

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from boreal.errors import StaleEpoch
 from boreal.frames import MAX_APPEND_BYTES, frame
+from boreal.histogram import Sizes
 from boreal.quorum import DurabilityTracker, Lineage
 from boreal.rpc import edge, storage_pb2
 from boreal.types import Lsn, NodeName, VolumeId
@@ -71,6 +72,8 @@ class Outbox:
         self.fenced: StaleEpoch | None = None
         self.window = LogWindow(start, window_bytes + SLACK_BYTES)
         """To read; only `push` adds to it."""
+        self.batch_bytes = Sizes(8, 20)
+        """Log in each append that was sent to a node."""
         self._window_bytes = window_bytes
         self._tracker = tracker
         self._on_vdl = on_vdl

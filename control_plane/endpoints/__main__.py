@@ -16,14 +16,16 @@ import structlog
 import uvloop
 
 from boreal import logs
-from boreal.cluster import ENVIRONMENT_PREFIX
+from boreal.cluster import ENDPOINTS, ENVIRONMENT_PREFIX
 from boreal.errors import BadUsage, BorealError
+from boreal.metrics import served
 from boreal.rpc.edge import listen as listen_grpc
 from boreal.rpc.edge import make_server
 from boreal.rpc.health import add_health
 from boreal.rpc.identity import Identity
 from boreal.rpc.options import identity_options, take_identity
 from control_plane.endpoints.choice import Endpoint
+from control_plane.endpoints.metrics import endpoint_metrics
 from control_plane.endpoints.server import Endpoints, Limits, listen
 from control_plane.endpoints.watch import watch
 
@@ -39,7 +41,9 @@ async def serve(
     ports: dict[Endpoint, int],
     limits: Limits,
     identity: Identity | None,
+    *,
     health_port: int | None = None,
+    metrics_port: int | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT."""
     loop = asyncio.get_running_loop()
@@ -50,7 +54,13 @@ async def serve(
         endpoints = Endpoints(limits, identity.public_context() if identity else None)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, endpoints.stop)
-        async with asyncio.TaskGroup() as tasks:
+        metrics = served(
+            host,
+            metrics_port,
+            lambda: endpoint_metrics(endpoints),
+            about={"component": "endpoints", "name": ENDPOINTS},
+        )
+        async with metrics, asyncio.TaskGroup() as tasks:
             watching = tasks.create_task(watch(control, endpoints.take_over))
             async with _health(host, health_port, endpoints):
                 _log.info("endpoints serve", host=host, **{r.value: ports[r] for r in Endpoint})
@@ -98,6 +108,7 @@ _PORT = click.IntRange(1, 65535)
 @click.option("--writer-port", required=True, type=_PORT, help="Leads to the writer.")
 @click.option("--reader-port", required=True, type=_PORT, help="Leads to each reader in turn.")
 @click.option("--health-port", type=_PORT, help="Of the gRPC health service.  [default: none]")
+@click.option("--metrics-port", type=_PORT, help="HTTP: Prometheus metrics.")
 @click.option(
     "--patience",
     default=Limits().patience_s,
@@ -120,6 +131,7 @@ def main(
     writer_port: int,
     reader_port: int,
     health_port: int | None,
+    metrics_port: int | None,
     patience: float,
     max_waiting: int,
     tls_dir: Path | None,
@@ -132,7 +144,16 @@ def main(
     limits = Limits(patience_s=patience, connections=max_waiting)
     try:
         identity = take_identity(tls_dir, insecure=insecure)
-        uvloop.run(serve(control, host, ports, limits, identity, health_port))
+        serving = serve(
+            control,
+            host,
+            ports,
+            limits,
+            identity,
+            health_port=health_port,
+            metrics_port=metrics_port,
+        )
+        uvloop.run(serving)
     except BorealError as error:
         _log.error("endpoints cannot run", code=error.code, why=error.message)
         sys.exit(1)

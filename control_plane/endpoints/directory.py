@@ -45,6 +45,11 @@ class Directory:
         """Set, each of them, when there are other routes."""
 
     @property
+    def routes(self) -> tuple[Route, ...]:
+        """Those of the last routing."""
+        return self._routes
+
+    @property
     def known(self) -> tuple[tuple[str, int], ...]:
         """Host and port of every instance that has been routed to of late, now or not.
 

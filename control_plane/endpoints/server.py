@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 
 import structlog
 
+from boreal.histogram import Durations
 from control_plane.endpoints.cancel import copy_to_all
 from control_plane.endpoints.choice import Endpoint, Route
 from control_plane.endpoints.directory import Directory
@@ -51,6 +54,28 @@ class Limits:
     """Which this process can end when their writer is deposed. No more than that are relayed."""
 
 
+class Fate(Enum):
+    """What became of a connection."""
+
+    SERVED = "served"
+    """An instance has it."""
+    CANCEL = "cancel"
+    """It was a cancel request, and was passed on."""
+    REFUSED = "refused"
+    """It was told why it gets no session."""
+    GONE = "gone"
+    """It hung up, broke, or said nothing in time."""
+
+
+@dataclass(slots=True)
+class EndpointCounts:
+    """What one endpoint did since the process began."""
+
+    fates: Counter[Fate] = field(default_factory=Counter)
+    served_after: Durations = field(default_factory=Durations)
+    """From a connection's arrival until an instance had it, its greeting included."""
+
+
 @dataclass(slots=True)
 class _Waiting:
     """The connections of one endpoint that wait for an instance."""
@@ -71,12 +96,29 @@ class Endpoints:
         self._hangups = Hangups()
         self._sessions = Sessions(self._hangups, limits.sessions)
         self._waiting = {endpoint: _Waiting() for endpoint in Endpoint}
+        self.counts = {endpoint: EndpointCounts() for endpoint in Endpoint}
+        """To read only."""
         self._connections = 0
         self._full = False
         self.routed = False
         """Whether the control plane has told a routing yet. Read only."""
         self._greeting: set[Visitor] = set()
         self._stopping = asyncio.Event()
+
+    @property
+    def waiting(self) -> Mapping[Endpoint, int]:
+        """Connections that wait for an instance."""
+        return {endpoint: waiting.now for endpoint, waiting in self._waiting.items()}
+
+    @property
+    def sessions(self) -> int:
+        """Connections that instances have, as far as their end would be noticed here."""
+        return len(self._sessions)
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """Where connections are led now."""
+        return self._directory.routes
 
     def take_over(self, routes: tuple[Route, ...]) -> None:
         """Serve by a new routing from now on."""
@@ -123,14 +165,16 @@ class Endpoints:
 
     async def _visit(self, visitor: Visitor) -> None:
         """All that happens to one connection until it is PostgreSQL's, or nobody's."""
+        arrived, fate = asyncio.get_running_loop().time(), Fate.GONE
         self._connections += 1
         self._directory.interested.add(visitor.news)
         self._hangups.watch(visitor.client, visitor.hung_up)
         try:
             if self._has_room():
-                await self._serve(visitor)
+                fate = await self._serve(visitor)
             else:
                 visitor.refuse(*_TOO_MANY)  # not even TLS: that takes time
+                fate = Fate.REFUSED
         except OSError as error:  # the client's side of it broke
             _log.debug("a connection broke", why=str(error))
         finally:
@@ -138,6 +182,13 @@ class Endpoints:
             visitor.client.close()
             self._directory.interested.discard(visitor.news)
             self._connections -= 1
+            self._count(visitor.endpoint, fate, arrived)
+
+    def _count(self, endpoint: Endpoint, fate: Fate, arrived: float) -> None:
+        counts = self.counts[endpoint]
+        counts.fates[fate] += 1
+        if fate is Fate.SERVED:
+            counts.served_after.observe(asyncio.get_running_loop().time() - arrived)
 
     def _has_room(self) -> bool:
         full = self._connections > self._limits.connections
@@ -146,7 +197,7 @@ class Endpoints:
         self._full = full
         return not full
 
-    async def _serve(self, visitor: Visitor) -> None:
+    async def _serve(self, visitor: Visitor) -> Fate:
         self._greeting.add(visitor)
         try:
             until = asyncio.get_running_loop().time() + self._limits.greeting_s
@@ -156,22 +207,23 @@ class Endpoints:
         match greeting:
             case Greeting.CANCEL:
                 await copy_to_all(visitor.take(CANCEL_BYTES), self._directory.known)
-            case Greeting.SESSION | Greeting.GSSAPI:  # asked once too often: PostgreSQL's case
-                if (refusal := await self._hand_over(visitor)) is not None:
-                    visitor.refuse(*refusal)
-            case Greeting.TLS:  # unread: PostgreSQL answers it
-                if (refusal := await self._hand_over(visitor)) is not None:
-                    await self._refuse_encrypted(visitor, refusal)
+                return Fate.CANCEL
             case None:
-                return
+                return Fate.GONE
+            case _:  # TLS, unread, is for PostgreSQL to answer, and so is what was asked too often
+                return await self._hand_over_or_refuse(visitor, greeting)
 
-    async def _refuse_encrypted(self, visitor: Visitor, refusal: tuple[str, str]) -> None:
-        if self._tls is None:  # asked once too often
-            visitor.refuse(*refusal)
+    async def _hand_over_or_refuse(self, visitor: Visitor, greeting: Greeting) -> Fate:
+        outcome = await self._hand_over(visitor)
+        if isinstance(outcome, Fate):
+            return outcome
+        if greeting is not Greeting.TLS or self._tls is None:  # or asked once too often
+            visitor.refuse(*outcome)
         elif not visitor.gone:
-            await refuse_encrypted(visitor.client, self._tls, *refusal)
+            await refuse_encrypted(visitor.client, self._tls, *outcome)
+        return Fate.REFUSED
 
-    async def _hand_over(self, visitor: Visitor) -> tuple[str, str] | None:
+    async def _hand_over(self, visitor: Visitor) -> Fate | tuple[str, str]:
         """Give the connection to an instance; why not, when there was none for too long."""
         loop = asyncio.get_running_loop()
         until = loop.time() + self._limits.patience_s
@@ -185,7 +237,7 @@ class Endpoints:
                     if not route.handover and self._sessions.full:
                         return _TOO_MANY_RELAYED
                     if await self._offered(visitor, route):
-                        return None
+                        return Fate.SERVED
                     continue
                 if loop.time() >= until:
                     return _NOBODY[visitor.endpoint]
@@ -193,7 +245,7 @@ class Endpoints:
                     waits.enter_context(self._counted(visitor.endpoint))
                     waiting = True
                 await visitor.wait(min(until, self._directory.next_rested() or until))
-        return None
+        return Fate.GONE
 
     async def _offered(self, visitor: Visitor, route: Route) -> bool:
         """Offer the connection to one instance; whether it was taken."""

@@ -226,6 +226,7 @@ def test_status_without_a_control_plane_says_so(
     assert found["control"] == {
         "name": "control", "process": "stopped", "pid": None,
         "address": config.control_address, "answers": False,
+        "metrics": f"127.0.0.1:{config.control_metrics_port}",
     }  # fmt: skip
     assert found["storage"][0]["process"] == "running"
     assert found["storage"][0]["pid"] == processes.status("sn-1").pid
