@@ -10,6 +10,9 @@ from bench.plan import SystemName
 from bench.systems import Boreal, StockAlone, StockQuorum, System
 from boreal.engine import Engine
 
+_OPTIONS = ("--insecure",)
+"""As the others: their standbys are not shown certificates either."""
+
 
 def make_system(
     name: SystemName, engine: Engine, directory: Path, made: Mapping[SystemName, System]
@@ -20,12 +23,14 @@ def make_system(
     """
     match name:
         case SystemName.BOREAL:
-            return Boreal(directory)
+            return Boreal(directory, options=_OPTIONS)
         case SystemName.PAGES_STOPPED:
-            return Boreal(directory, pages_stopped=True)
+            return Boreal(directory, options=_OPTIONS, pages_stopped=True)
         case SystemName.DIRECT:
             boreal = made.get(SystemName.BOREAL)
-            return PastTheEndpoint(boreal if isinstance(boreal, Boreal) else Boreal(directory))
+            if not isinstance(boreal, Boreal):
+                boreal = Boreal(directory, options=_OPTIONS)
+            return PastTheEndpoint(boreal)
         case SystemName.QUORUM:
             return StockQuorum(engine, directory)
         case SystemName.ALONE:

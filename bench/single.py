@@ -24,7 +24,7 @@ DIRECTORY = Path("/var/tmp")
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DRAINED_BYTES = 64 * 1024
 _DRAIN_S = 1800.0
-_SETTLE_S = 600.0
+_SETTLE_S = 1800.0
 
 
 @contextlib.contextmanager
