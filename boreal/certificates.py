@@ -43,8 +43,9 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 RENEW_WITHIN = timedelta(days=30)
 """What has less time left is issued anew."""
 AUTHORITY_LIFE = timedelta(days=3650)
-LIFE = timedelta(days=825)
-"""The most that all clients' TLS libraries accept of a server (Apple's bound)."""
+LIFE = timedelta(days=824)
+"""From its making. With _CLOCK_SKEW, the most that all clients' TLS libraries accept of a server
+(Apple's bound, 825 days)."""
 
 _CLOCK_SKEW = timedelta(days=1)
 """Clocks of other machines may be behind."""

@@ -45,6 +45,10 @@ def _settings(config: ComputeConfig) -> dict[str, str]:
             "application_name=boreal_reader"
         ),
         "wal_receiver_timeout": "0",
+        # A client whose machine, or whose relaying endpoints, are gone must not keep its locks.
+        "tcp_keepalives_idle": "60",
+        "tcp_keepalives_interval": "10",
+        "tcp_keepalives_count": "6",
         "wal_retrieve_retry_interval": "100ms",
         "recovery_target_timeline": "latest",
         # Hints of what will be read soon let the page service fetch it in time: those of bitmap

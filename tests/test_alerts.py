@@ -159,6 +159,15 @@ def test_each_alert_fires_for_its_case_and_none_in_health(tmp_path: Path) -> Non
     simulate(tmp_path, {**cases, "health": (healthy(), set())})
 
 
+def test_a_writer_cut_off_from_three_nodes_is_told_though_all_report(tmp_path: Path) -> None:
+    cut = {
+        f'boreal_link_state{{instance="db-1",node="{node}",state="streaming"}}': "0x40"
+        for node in ("sn-1", "sn-3", "sn-5")
+    }
+    firing = {"BorealNoWriteQuorum", "BorealLostRedundancy"}
+    simulate(tmp_path, {"cut off": (healthy() | cut, firing)})
+
+
 @pytest.mark.parametrize("writes", ["db-1", None])
 def test_without_a_control_plane_the_instances_tell_whether_there_is_a_writer(
     tmp_path: Path, writes: str | None

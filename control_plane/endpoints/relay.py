@@ -21,6 +21,10 @@ _LINGER_S = 30.0
 """For a client to hang up after PostgreSQL did. An abrupt end could take from it PostgreSQL's last
 words, which say why; and one that has nothing to send might never notice."""
 
+_PROBE_S = 5
+_PROBES = 2
+"""A side that is idle is asked after so long, again as often; then it counts as gone."""
+
 
 class Relay:
     """One connection, relayed: `connect`, `begin`; it ends by itself, or by `end`.
@@ -42,7 +46,6 @@ class Relay:
     async def begin(self, client: socket.socket) -> None:
         """Relay between the instance and `client` from now on, by a copy of that socket."""
         own = client.dup()
-        own.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # as PostgreSQL does
         await asyncio.get_running_loop().connect_accepted_socket(lambda: self._client, own)
         if self._ending or not self._server.open:  # meanwhile
             self.end()
@@ -106,6 +109,11 @@ class _Side(asyncio.Protocol):
         self._transport.set_write_buffer_limits(high=_BUFFER_BYTES)
         own = self._transport.get_extra_info("socket")
         own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # The client's own keepalive ends here: whether the machine behind is gone, only we can ask.
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        own.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_S)
+        own.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_S)
+        own.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
 
     def data_received(self, data: bytes) -> None:
         if (there := self.other.alive) is not None:
